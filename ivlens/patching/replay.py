@@ -1,0 +1,286 @@
+"""Exact suffix replay: every patch of a sweep in one forward pass of the tokens it can change.
+
+A patch at position p leaves everything before p as it was. So the prompt is run once and its keys and values kept; then
+the tokens from p on are run again, once per patch, as copies packed along the sequence axis over that one cache, each
+copy seeing the prefix and itself only. Copies patched at layer l come into being at layer l (below it they would equal the
+unpatched copy). The result is the full forward pass's, to rounding; a self-check makes sure of it on every sweep.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ivlens.models.backends import Backend, Prefix
+from ivlens.patching.metrics import measure
+from ivlens.prompts import TokenizedPrompt, pad_left
+
+__all__ = ["Sites", "Sweep", "Swept"]
+
+SHARED_AT_LEAST = 16  # tokens; below this, running a common prefix separately costs more than it saves
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The patches of a sweep, one copy each.
+
+    Attributes
+    ----------
+    layers
+        Layer of every patch, ascending.
+    hook
+        From a layer to the name of the hook point patched there.
+    write
+        `write(layer, sites, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites' copies
+        at the patched position; `sites` index into `layers`.
+    """
+
+    layers: Sequence[int]
+    hook: Callable[[int], str]
+    write: Callable[[int, list[int], Tensor], None]
+
+
+@dataclass
+class Batch:
+    index: list[int]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    answers: Int[Tensor, "batch answer"]
+    answer_mask: Bool[Tensor, "batch answer"]
+    distractors: Int[Tensor, " batch"] | None
+    block: int
+
+    @property
+    def keep(self) -> int:
+        return self.answers.shape[1]
+
+
+@dataclass
+class Swept:
+    """Scores of some prompts: `values` [batch, site] patched, `baseline` [batch] unpatched; `index` says which prompts."""
+
+    index: list[int]
+    values: Float[Tensor, "batch site"]
+    baseline: Float[Tensor, " batch"]
+
+
+class Sweep:
+    """All patches of `sites` on all prompts.
+
+    Parameters
+    ----------
+    position
+        Patched position: from the prompt's end (-1 is its last token) or, from 0 on, from its beginning.
+    method
+        `replay`, `full` (one forward pass per patch), or `auto`: replay if it passes the self-check, else full, with a
+        warning that says why. `method` afterwards holds what was used.
+    max_rows
+        Bound on the packed sequence: batch × copies × tokens per copy. Halved by itself when memory runs out.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        prompts: Sequence[TokenizedPrompt],
+        sites: Sites,
+        *,
+        metric: str,
+        position: int = -1,
+        method: str = "auto",
+        max_rows: int | None = None,
+        distractors: Sequence[int] | None = None,
+    ):
+        if method not in ("auto", "replay", "full"):
+            raise ValueError(f"method={method!r} is unknown; choose 'auto', 'replay' or 'full'")
+        if list(sites.layers) != sorted(sites.layers):
+            raise ValueError("the layers of the sites must be ascending")
+        self.backend, self.prompts, self.sites, self.metric = backend, prompts, sites, metric
+        self.method, self.distractors = method, distractors
+        self.max_rows = max_rows or (512 if backend.device.type == "cpu" else 16_384)
+        # A first answer token needs no answer tokens in the input.
+        self.scored = [p.answer if metric == "log_probability" else p.answer[:1] for p in prompts]
+        self.from_end = [_from_end(p.prompt, position, i) for i, p in enumerate(prompts)]
+
+    def run(self, todo: Sequence[int] | None = None) -> Iterator[Swept]:
+        """Yields batches of prompts as they are done, in any order."""
+        remaining = list(range(len(self.prompts))) if todo is None else list(todo)
+        if not remaining:
+            return
+        # Neighbours in length share a batch, so that little is spent on padding.
+        remaining.sort(key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
+        if self.method == "auto":
+            self.method = "replay" if (reason := self._check(remaining[0])) is None else "full"
+            if reason is not None:
+                warnings.warn(f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=3)
+        shared = self._shared(remaining)
+        while remaining:
+            batch = self._batch(remaining[: self._batch_size(remaining[0])])
+            try:
+                swept = self._replay(batch, shared) if self.method == "replay" else self._full(batch)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.max_rows <= 2 * batch.block:
+                    raise
+                self.max_rows //= 2
+                warnings.warn(f"out of memory; going on with max_rows={self.max_rows}", stacklevel=3)
+                continue
+            remaining = [i for i in remaining if i not in set(batch.index)]
+            yield swept
+
+    # -- the two ways -----------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def _replay(self, batch: Batch, shared: Prefix | None = None) -> Swept:
+        backend, n_sites = self.backend, len(self.sites.layers)
+        tokens = batch.tokens if shared is None else batch.tokens[:, shared.n_prefix :]
+        prefix = backend.read_prefix(tokens, batch.mask, block=batch.block, keep=batch.keep, shared=shared)
+        baseline = self._score(prefix.logits[:, None], batch)[:, 0]
+        values = torch.empty(len(batch.index), n_sites)
+        per_pass = max(self.max_rows // (len(batch.index) * batch.block) - 1, 1)
+        for start in range(0, n_sites, per_pass):
+            sites = list(range(start, min(start + per_pass, n_sites)))
+            logits = self._run_copies(prefix, sites, batch)
+            values[:, sites] = self._score(logits, batch).cpu()
+        return Swept(batch.index, values, baseline.cpu())
+
+    def _run_copies(self, prefix: Prefix, sites: list[int], batch: Batch) -> Tensor:
+        by_layer: dict[int, list[int]] = {}
+        for site in sites:
+            by_layer.setdefault(self.sites.layers[site], []).append(site)
+        new = [len(by_layer.get(layer, ())) for layer in range(self.backend.n_layers)]
+        fired: list[int] = []
+        hooks = []
+        for layer, here in by_layer.items():
+            first = 1 + sum(new[:layer])
+
+            def edit(x: Tensor, hook, layer=layer, here=here, first=first) -> Tensor:
+                copies = x.unflatten(1, (-1, prefix.block))[:, first : first + len(here), 0]
+                self.sites.write(layer, here, copies)
+                fired.append(layer)
+                return x
+
+            hooks.append((self.sites.hook(layer), edit))
+        logits = self.backend.run_copies(prefix, new, hooks, batch.keep)
+        if sorted(fired) != sorted(by_layer):
+            raise ReplayError(f"hooks fired at layers {sorted(fired)} instead of {sorted(by_layer)}")
+        # Copy 0 went the whole way unpatched, so every pass checks mask, positions and cache against the plain forward.
+        difference = _probability_difference(logits[:, 0], prefix.logits)
+        if not difference <= self._tolerance:
+            raise ReplayError(f"the unpatched copy differs from the forward pass by {difference:.1e} in probability")
+        return logits[:, 1:]
+
+    @torch.inference_mode()
+    def _full(self, batch: Batch, sites: Sequence[int] | None = None) -> Swept:
+        sites = range(len(self.sites.layers)) if sites is None else sites
+        baseline = self._score(self._forward(batch)[:, None], batch)[:, 0].cpu()
+        values = torch.empty(len(batch.index), len(sites))
+        for column, site in enumerate(sites):
+            values[:, column] = self._score(self._forward(batch, site)[:, None], batch)[:, 0].cpu()
+        return Swept(batch.index, values, baseline)
+
+    def _forward(self, batch: Batch, site: int | None = None) -> Float[Tensor, "batch answer d_vocab"]:
+        if site is None:
+            return self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
+        layer = self.sites.layers[site]
+        fired = []
+
+        def edit(x: Tensor, hook) -> Tensor:
+            self.sites.write(layer, [site], x[:, -batch.block].unsqueeze(1))
+            fired.append(layer)
+            return x
+
+        with self.backend.model.hooks(fwd_hooks=[(self.sites.hook(layer), edit)]):
+            logits = self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
+        if not fired:
+            raise RuntimeError(f"the hook {self.sites.hook(layer)} didn't fire; this model can't be patched there")
+        return logits
+
+    # -- the choice between them ------------------------------------------------------------------------------------
+    @property
+    def _tolerance(self) -> float:
+        return 1e-4 if next(self.backend.model.parameters()).dtype == torch.float32 else 5e-2
+
+    def _check(self, prompt: int) -> str | None:
+        """Compare two patches of one prompt with full forward passes; the reason against replay, or None."""
+        batch = self._batch([prompt])
+        sites = sorted({0, len(self.sites.layers) // 2})
+        try:
+            with torch.inference_mode():
+                prefix = self.backend.read_prefix(batch.tokens, batch.mask, block=batch.block, keep=batch.keep)
+                replayed = self._run_copies(prefix, sites, batch)
+                plain = torch.stack([self._forward(batch, site) for site in sites], dim=1)
+        except ReplayError as error:
+            return str(error)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            if _out_of_memory(error) or "didn't fire" in str(error):
+                raise
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        difference = _probability_difference(replayed, plain)
+        return None if difference <= self._tolerance else f"a replayed patch differs by {difference:.1e} in probability"
+
+    # -- batches ----------------------------------------------------------------------------------------------------
+    def _batch_size(self, first: int) -> int:
+        block = self.from_end[first] + len(self.scored[first]) - 1
+        if self.method == "full":
+            return max(self.max_rows // (len(self.prompts[first].prompt) + block), 1)
+        return max(self.max_rows // ((1 + len(self.sites.layers)) * block), 1)
+
+    def _batch(self, index: list[int]) -> Batch:
+        index = [i for i in index if self.from_end[i] == self.from_end[index[0]]]
+        answers = [self.scored[i] for i in index]
+        longest = max(map(len, answers))
+        device = self.backend.device
+        # The last answer token is never an input. Shorter answers are filled up on the right, where nothing looks back.
+        filled = [a + a[-1:] * (longest - len(a)) for a in answers]
+        rows = [self.prompts[i].prompt + a[:-1] for i, a in zip(index, filled)]
+        tokens, mask = pad_left(rows, rows[0][0], device)
+        return Batch(
+            index,
+            tokens,
+            mask,
+            torch.tensor(filled, device=device),
+            torch.tensor([[j < len(a) for j in range(longest)] for a in answers], device=device),
+            None if self.distractors is None else torch.tensor([self.distractors[i] for i in index], device=device),
+            self.from_end[index[0]] + longest - 1,
+        )
+
+    @torch.inference_mode()
+    def _shared(self, index: Sequence[int]) -> Prefix | None:
+        """The beginning all prompts have in common, run once."""
+        if len(index) < 2 or self.method == "full":
+            return None
+        rows = [self.prompts[i].prompt[: len(self.prompts[i].prompt) - self.from_end[i]] for i in index]
+        same = 0
+        for column in zip(*rows):
+            if len(set(column)) > 1:
+                break
+            same += 1
+        if same < SHARED_AT_LEAST:
+            return None
+        tokens = torch.tensor([rows[0][:same]], device=self.backend.device)
+        return self.backend.read_prefix(tokens, torch.ones_like(tokens), block=0, keep=1)
+
+    def _score(self, logits: Tensor, batch: Batch) -> Tensor:
+        return measure(self.metric, logits, batch.answers, batch.answer_mask, batch.distractors)
+
+
+class ReplayError(RuntimeError):
+    """Replay gave another result than a forward pass. Pass method='full' to go on without it."""
+
+
+def _from_end(prompt: Sequence[int], position: int, i: int) -> int:
+    """The patched position as a number of tokens from the prompt's end, that token included."""
+    if not -len(prompt) <= position < len(prompt):
+        raise ValueError(f"position={position} is outside prompt {i}, which has {len(prompt)} tokens")
+    return -position if position < 0 else len(prompt) - position
+
+
+def _probability_difference(a: Tensor, b: Tensor) -> float:
+    return (a.float().softmax(-1) - b.float().softmax(-1)).abs().max().item()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,58 @@
+"""Files: tensors as safetensors, everything else as JSON in their header. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Path:
+    """Write tensors and a JSON-able description to one file, replacing it in one step."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, {"about": json.dumps(about or {})})
+    os.replace(partial, path)
+    return path
+
+
+def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a file.
+
+    Parameters
+    ----------
+    kind
+        What the description's `kind` must be.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is truncated, not safetensors, or holds something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of a .safetensors file that ivlens saved")
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); save or download it again") from error
+    if kind is not None and about.get("kind") != kind:
+        raise ValueError(f"{path} holds {about.get('kind') or 'something ivlens did not save'}, not {kind}")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and kind is not None and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinite values; save it again from a sound run")
+    return tensors, about

@@ -1,0 +1,122 @@
+"""The built-in tasks, and collections of tasks."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from ivlens.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TaskSuite", "as_suite", "load_tasks"]
+
+DATA = files("ivlens.tasks") / "data"
+
+
+class TaskSuite(Mapping[str, Task]):
+    """Tasks by name. Iterates over names, prints as a table.
+
+    Examples
+    --------
+    >>> load_tasks(["antonym", "present_past"]).names
+    ['antonym', 'present_past']
+    """
+
+    def __init__(self, tasks: Iterable[Task]):
+        self._tasks = {task.name: task for task in tasks}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tasks)
+
+    def __getitem__(self, name: str) -> Task:
+        if name not in self._tasks:
+            raise KeyError(_unknown(name, self._tasks))
+        return self._tasks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def subset(self, names: Iterable[str]) -> TaskSuite:
+        """The named tasks, in the order given."""
+        return TaskSuite([self[name] for name in names])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per task: group, sizes, instruction, an example."""
+        import pandas as pd
+
+        rows = [
+            {
+                "task": t.name,
+                "group": t.group,
+                "examples": len(t),
+                "instruction": t.instructions[0],
+                "input": t.train[0].input if t.train else "",
+                "output": t.train[0].output if t.train else "",
+            }
+            for t in self._tasks.values()
+        ]
+        return pd.DataFrame(rows).set_index("task")
+
+    def __repr__(self) -> str:
+        return f"TaskSuite({len(self)} tasks: {', '.join(self._tasks)})"
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html()  # escapes
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(known)}"
+    return f"unknown task {name!r}; {hint}"
+
+
+@cache
+def _index() -> dict[str, dict]:
+    return json.loads((DATA / "index.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _load(name: str) -> Task:
+    about = _index()[name]
+    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return Task.from_records(
+        [json.loads(line) for line in lines],
+        name=name,
+        instruction=about["instructions"],
+        group=about["group"],
+        description=about["description"],
+    )
+
+
+def load_tasks(names: str | Iterable[str] | None = None) -> TaskSuite:
+    """The built-in tasks, all of them or the ones named.
+
+    Raises
+    ------
+    KeyError
+        If a name is unknown; the message suggests near ones.
+    """
+    names = _index() if names is None else [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in _index():
+            raise KeyError(_unknown(name, _index()))
+    return TaskSuite(_load(name) for name in names)
+
+
+def as_suite(tasks: Task | Iterable[Task] | Mapping[str, Task]) -> TaskSuite:
+    """One task, a list of tasks or a mapping of tasks as a suite; an empty one is an error."""
+    suite = TaskSuite([tasks] if isinstance(tasks, Task) else tasks.values() if isinstance(tasks, Mapping) else tasks)
+    if not len(suite):
+        raise ValueError("no tasks given; pass at least one, such as ivl.load_tasks(['present_past'])")
+    return suite

@@ -1,0 +1,180 @@
+"""One task: what is asked (instruction paraphrases) and examples in fixed train, valid and test splits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+__all__ = ["Example", "Task"]
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """An input and the output expected for it.
+
+    `question` and `content` belong to tasks whose output is a form of the real answer, such as multiple choice: the
+    question asked plainly, and the answer's text where `output` is its letter.
+    """
+
+    input: str
+    output: str
+    question: str | None = None
+    content: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its instruction in several wordings.
+
+    Examples
+    --------
+    >>> records = [{"input": f"{n} + 1", "output": str(n + 1)} for n in range(40)]
+    >>> task = Task.from_records(records, name="plus_one", instruction="Add one.")
+    >>> len(task.train), len(task.valid), len(task.test)
+    (20, 6, 14)
+    """
+
+    name: str
+    instructions: tuple[str, ...]
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]
+    test: tuple[Example, ...]
+    group: str = "own"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.instructions or not all(self.instructions):
+            raise ValueError(f"task {self.name!r} has no instruction; give at least one sentence that says what to do")
+
+    def split(self, name: str) -> tuple[Example, ...]:
+        """The examples of `train`, `valid` or `test`."""
+        if name not in SPLITS:
+            raise ValueError(f"split={name!r} is unknown; choose one of {', '.join(SPLITS)}")
+        return getattr(self, name)
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.valid) + len(self.test)
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]],
+        *,
+        name: str,
+        instruction: str | Sequence[str],
+        columns: Mapping[str, str] | None = None,
+        group: str = "own",
+        description: str = "",
+    ) -> Task:
+        """A task from a list of dictionaries with the keys `input` and `output`.
+
+        Parameters
+        ----------
+        instruction
+            What to do, in one wording or several.
+        columns
+            Where your keys have other names: `{"input": "question", "output": "answer"}`. Optional keys are `split`
+            (train, valid, test), `question` and `content` (see `Example`).
+
+        Notes
+        -----
+        Without a `split` key the examples are shuffled with a fixed seed and cut 50 : 15 : 35.
+
+        Raises
+        ------
+        ValueError
+            If there are no records, or an input or output is missing or empty.
+        """
+        names = {key: (columns or {}).get(key, key) for key in ("input", "output", "split", "question", "content")}
+        examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
+        loose: list[Example] = []
+        for i, record in enumerate(records):
+            example = _example(record, names, name, i)
+            split = record.get(names["split"])
+            split = {"validation": "valid", "dev": "valid"}.get(split, split)
+            if split is not None and split not in SPLITS:
+                raise ValueError(f"record {i} of task {name!r} has split={split!r}; choose one of {', '.join(SPLITS)}")
+            (loose if split is None else examples[split]).append(example)
+        if not loose and not any(examples.values()):
+            raise ValueError(f"task {name!r} is empty; give it at least one record with {names['input']!r} and {names['output']!r}")
+        random.Random(0).shuffle(loose)
+        first, second = round(len(loose) * 0.5), round(len(loose) * 0.65)
+        examples["train"] += loose[:first]
+        examples["valid"] += loose[first:second]
+        examples["test"] += loose[second:]
+        wordings = (instruction,) if isinstance(instruction, str) else tuple(instruction)
+        return cls(name, wordings, *(tuple(examples[s]) for s in SPLITS), group=group, description=description)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        instruction: str | Sequence[str],
+        name: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> Task:
+        """A task from a `.jsonl`, `.json` or `.csv` file (one record a line or row)."""
+        import datasets
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}; give the path of a .jsonl, .json or .csv file")
+        kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(path.suffix.lower())
+        if kind is None:
+            raise ValueError(f"can't read {path.name}: choose a .jsonl, .json or .csv file")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty; put one record in each line")
+        table = datasets.Dataset.from_json(str(path)) if kind == "json" else datasets.Dataset.from_csv(str(path))
+        return cls.from_dataset(table, name=name or path.stem, instruction=instruction, columns=columns)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: datasets.Dataset | datasets.DatasetDict,
+        *,
+        name: str,
+        instruction: str | Sequence[str],
+        columns: Mapping[str, str] | None = None,
+    ) -> Task:
+        """A task from a `datasets.Dataset`, or a `DatasetDict` whose splits (train, validation, test) are kept."""
+        if isinstance(dataset, Mapping):
+            records = [{**row, "split": split} for split, rows in dataset.items() for row in rows]
+            columns = {**(columns or {}), "split": "split"}
+        else:
+            records = list(dataset)
+        return cls.from_records(records, name=name, instruction=instruction, columns=columns)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per example: split, input, output, question, content."""
+        import pandas as pd
+
+        return pd.DataFrame([{"split": split, **vars(x)} for split in SPLITS for x in self.split(split)])
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{x.input!r} → {x.output!r}" for x in self.train[:2])
+        sizes = " / ".join(str(len(self.split(s))) for s in SPLITS)
+        return f"Task({self.name}: {self.instructions[0]!r}, {sizes} train/valid/test, {shown})"
+
+
+def _example(record: Mapping[str, Any], names: Mapping[str, str], task: str, i: int) -> Example:
+    for key in ("input", "output"):
+        value = record.get(names[key])
+        if value is None or str(value).strip() == "":
+            raise ValueError(
+                f"record {i} of task {task!r} has no {names[key]!r}; it has {', '.join(map(str, record)) or 'nothing'}: "
+                "name your columns with columns={'input': ..., 'output': ...}"
+            )
+    optional = {key: record.get(names[key]) for key in ("question", "content")}
+    return Example(
+        str(record[names["input"]]), str(record[names["output"]]), **{k: None if v is None else str(v) for k, v in optional.items()}
+    )

@@ -1,0 +1,124 @@
+"""Choosing layer and scale of an injection on the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ivlens.models.backends import backend_of
+from ivlens.patching.replay import Sites, Sweep
+from ivlens.prompts import build_prompts, tokenize
+from ivlens.tasks.task import Task
+from ivlens.vectors import InstructionVector, random_vector
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = ["InjectionSearch", "tune_injection"]
+
+
+@dataclass(frozen=True)
+class InjectionSearch:
+    """First-token accuracy for every layer and scale, with the vector and with a random one of the same norm.
+
+    Attributes
+    ----------
+    accuracy, control
+        [layer scale], of the vector and of the random vector.
+    baseline
+        Accuracy with nothing injected.
+    goal
+        `induce` (highest accuracy wins) or `suppress` (largest drop below the random vector's wins).
+    """
+
+    vector: InstructionVector
+    accuracy: Float[Tensor, "layer scale"]
+    control: Float[Tensor, "layer scale"]
+    baseline: float
+    layers: tuple[int, ...]
+    scales: tuple[float, ...]
+    n: int
+    goal: str = "induce"
+
+    @property
+    def best(self) -> InstructionVector:
+        """The vector with the winning layer and scale set. Ties go to the smaller scale, then the lower layer."""
+        score = self.accuracy if self.goal == "induce" else self.control - self.accuracy
+        ranked = sorted(
+            ((layer, scale) for layer in range(len(self.layers)) for scale in range(len(self.scales))),
+            key=lambda at: (-round(score[at].item(), 6), abs(self.scales[at[1]]), at[0]),
+        )
+        layer, scale = ranked[0]
+        return replace(self.vector, layer=self.layers[layer], scale=self.scales[scale])
+
+    def plot(self) -> go.Figure:
+        """Heatmap, scale × layer."""
+        from ivlens.plots import plot_search
+
+        return plot_search(self)
+
+    def __repr__(self) -> str:
+        best = self.best
+        at = (self.layers.index(best.layer), self.scales.index(best.scale))
+        return (
+            f"InjectionSearch({self.vector.name}, {self.n} prompts: {self.baseline:.0%} → {self.accuracy[at]:.0%} at layer "
+            f"{best.layer}, scale {best.scale:g}; random vector there {self.control[at]:.0%})"
+        )
+
+
+def tune_injection(
+    model: Any,
+    task: Task,
+    vector: InstructionVector,
+    *,
+    layers: Sequence[int] | None = None,
+    scales: Sequence[float] | None = None,
+    goal: str = "induce",
+    shots: int = 0,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    n_prompts: int | None = None,
+    split: str = "valid",
+    method: str = "auto",
+    max_rows: int | None = None,
+    seed: int = 0,
+) -> InjectionSearch:
+    """Try every layer and scale on validation prompts; all of them in one replay of each prompt's last token.
+
+    Parameters
+    ----------
+    layers, scales
+        Default: every layer; scales 0.5 to 4 (negative for `goal="suppress"`).
+    goal
+        `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
+    shots, instruction, style
+        How the prompts look; see `build_prompts`.
+    """
+    if goal not in ("induce", "suppress"):
+        raise ValueError(f"goal={goal!r} is unknown; choose 'induce' or 'suppress'")
+    backend = backend_of(model)
+    vector.check_model(model)
+    layers = tuple(backend.check_layer(x) for x in (range(backend.n_layers) if layers is None else layers))
+    sign = 1.0 if goal == "induce" else -1.0
+    scales = tuple(sign * s for s in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)) if scales is None else tuple(scales)
+    prompts = build_prompts(task, n=n_prompts, shots=shots, instruction=instruction, style=style, split=split, seed=seed)
+    order = sorted(range(len(layers)), key=lambda i: layers[i])
+    tries = [(layers[i], s, v) for i in order for s in scales for v in (vector, random_vector(vector, seed=seed))]
+
+    def write(layer: int, sites: list[int], x: Tensor) -> None:
+        for i, site in enumerate(sites):
+            x[:, i] += tries[site][1] * tries[site][2].vector.to(x)
+
+    sites = Sites([t[0] for t in tries], backend.resid_hook, write)
+    sweep = Sweep(backend, tokenize(backend, prompts), sites, metric="accuracy", method=method, max_rows=max_rows)
+    done = list(sweep.run())
+    hits = torch.cat([s.values for s in done]).mean(0).unflatten(0, (len(layers), len(scales), 2))
+    found = torch.empty_like(hits)
+    found[order] = hits
+    baseline = torch.cat([s.baseline for s in done]).mean().item()
+    return InjectionSearch(vector, found[..., 0], found[..., 1], baseline, layers, scales, len(prompts), goal)
