@@ -252,6 +252,9 @@ def tokenize(
     for i, prompt in enumerate(prompts):
         ids = _encode_prompt(backend, prompt)
         answer = () if answers is None else _encode_answer(backend, prompt, ids, answers[i])
+        # " 7" may be a space token and a digit: the answer's first token should be one that says something.
+        while isinstance(prompt, Prompt) and len(answer) > 1 and not backend.tokenizer.decode([answer[0]]).strip():
+            ids, answer = ids + answer[:1], answer[1:]
         if not ids:
             raise ValueError(f"prompt {i} tokenizes to nothing; give it some text")
         if answers is not None and not answer:

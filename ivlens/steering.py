@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Generations", "Injection", "generate", "inject"]
 
-POSITIONS = ("generated", "last", "all")
+POSITIONS = ("last", "generated", "all")
 MODES = ("sum", "heads")
 
 
@@ -33,7 +33,7 @@ class Injection:
     """
 
     additions: dict[int, Tensor]
-    positions: str | Tensor = "generated"
+    positions: str | Tensor = "last"
 
     @classmethod
     def of(
@@ -43,7 +43,7 @@ class Injection:
         *,
         layer: int | None = None,
         scale: float | None = None,
-        positions: str | Tensor = "generated",
+        positions: str | Tensor = "last",
         mode: str = "sum",
     ) -> Injection:
         """Check the arguments of `inject` and turn them into additions."""
@@ -137,7 +137,7 @@ def inject(
     *,
     layer: int | None = None,
     scale: float | None = None,
-    positions: str | Tensor = "generated",
+    positions: str | Tensor = "last",
     mode: str = "sum",
 ) -> Iterator[Any]:
     """Add a vector to the residual stream after a layer while the context lasts: r ← r + scale · θ (IV §4).
@@ -154,8 +154,8 @@ def inject(
     scale
         Strength; negative subtracts. Default: the vector's own, else 1.
     positions
-        `generated`: the last prompt token and every decoding step; `last`: only the last prompt token; `all`; or a tensor
-        [batch] with one position per row, for right-padded batches.
+        `last`: the last prompt token only (the papers' analysis; the answer then ends where it should); `generated`: that
+        and every decoding step; `all`; or a tensor [batch] with one position per row, for right-padded batches.
     mode
         `sum`: the vector at one layer. `heads`: each head's share after its own layer (our choice of arXiv 2606.05079's idea).
 
@@ -216,7 +216,7 @@ def generate(
     vector: InstructionVector | Tensor | None = None,
     layer: int | None = None,
     scale: float | None = None,
-    positions: str = "generated",
+    positions: str = "last",
     mode: str = "sum",
     max_new_tokens: int = 10,
     stop: str | None = "\n",

@@ -163,7 +163,7 @@ class InstructionVector:
         *,
         layer: int | None = None,
         scale: float | None = None,
-        positions: str | Tensor = "generated",
+        positions: str | Tensor = "last",
         mode: str = "sum",
     ) -> AbstractContextManager:
         """Inject (or, with a negative scale, subtract) the vector while the context lasts; see `steering.inject`."""

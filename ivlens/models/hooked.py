@@ -59,6 +59,9 @@ class HookedBackend(Backend):
         return Prefix(tokens[:, cut:], attention_mask, cache, n_prefix, logits, visible, extra)
 
     def run_copies(self, prefix, new_copies, hooks, keep):
+        positions = self.model.cfg.positional_embedding_type
+        if positions not in ("standard", "rotary"):
+            raise ValueError(f"{positions} positions depend on where a copy stands")
         block, n_copies = prefix.block, 1
         x = prefix.extra["start"]
         with ExitStack() as stack:

@@ -162,7 +162,7 @@ def _hook(hf_model: Any, tokenizer: Any, label: str, backend: str, spread: bool)
     if hooked is not None and backend != "bridge" and not spread:
         try:
             return _to_hooked(hooked, hf_model, tokenizer, label)
-        except (ValueError, NotImplementedError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
             if backend == "hooked":
                 raise ValueError(
                     f"HookedTransformer can't convert {label} ({type(error).__name__}: {error}); use backend='bridge'"
@@ -183,6 +183,7 @@ def _to_bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    inner.config.architectures = inner.config.architectures or [type(inner).__name__]  # models made from a config have none
     device = None if getattr(inner, "hf_device_map", None) else inner.device
     bridge = TransformerBridge.boot_transformers(label, hf_model=inner, tokenizer=tokenizer, device=device)
     bridge.eval()
@@ -205,7 +206,19 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
     model = cls(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
     model.move_model_modules_to_device()
-    return model.eval()
+    model.eval()
+    _check_conversion(hf_model, model)
+    return model
+
+
+@torch.inference_mode()
+def _check_conversion(hf_model: Any, model: Any) -> None:
+    """The conversion drops what it doesn't know (projection biases, rotary scaling, ...) without a word, so compare."""
+    tokens = torch.arange(min(64, model.cfg.n_ctx), device=hf_model.device)[None] * 37 % model.cfg.d_vocab
+    expected = hf_model(tokens).logits.float().softmax(-1)
+    difference = (model(tokens).float().softmax(-1) - expected.to(model.cfg.device)).abs().max().item()
+    if not difference <= (1e-3 if hf_model.dtype == torch.float32 else 0.1):
+        raise ValueError(f"converted, its probabilities differ by {difference:.1e}")
 
 
 def _merged(peft_model: Any) -> Any:

@@ -236,7 +236,7 @@ def locate_heads(
     suite = as_suite(tasks)
     backend = backend_of(model)
     check_metric(metric)
-    values, baselines, names, used = [], [], [], set()
+    values, baselines, names = [], [], []
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
@@ -250,7 +250,7 @@ def locate_heads(
             values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
             baselines.append(baseline)
             names += [task.name] * n_prompts
-            used.add(sweep.method)
+            method = sweep.method  # self-checked once
             bar.update()
     settings = {"shots": shots, "instruction": instruction, "style": style, "counterfactual": counterfactual, "seed": seed}
     return HeadEffects(
@@ -258,7 +258,7 @@ def locate_heads(
         torch.cat(baselines),
         tuple(names),
         metric=metric,
-        metadata={"model": backend.name, "method": "+".join(sorted(used)), "n_mean": n_mean, **settings},
+        metadata={"model": backend.name, "method": method, "n_mean": n_mean, **settings},
     )
 
 

@@ -79,6 +79,8 @@ class Sweep:
     method
         `replay`, `full` (one forward pass per patch), or `auto`: replay if it passes the self-check, else full, with a
         warning that says why. `method` afterwards holds what was used.
+    checked
+        Whether a sweep like this one has passed the self-check already.
     max_rows
         Bound on the packed sequence: batch × copies × tokens per copy. Halved by itself when memory runs out.
     """
@@ -94,13 +96,15 @@ class Sweep:
         method: str = "auto",
         max_rows: int | None = None,
         distractors: Sequence[int] | None = None,
+        checked: bool = False,
     ):
         if method not in ("auto", "replay", "full"):
             raise ValueError(f"method={method!r} is unknown; choose 'auto', 'replay' or 'full'")
         if list(sites.layers) != sorted(sites.layers):
             raise ValueError("the layers of the sites must be ascending")
         self.backend, self.prompts, self.sites, self.metric = backend, prompts, sites, metric
-        self.method, self.distractors = method, distractors
+        self.method = "replay" if checked and method == "auto" else method
+        self.distractors, self.checked = distractors, checked
         self.max_rows = max_rows or (512 if backend.device.type == "cpu" else 16_384)
         # A first answer token needs no answer tokens in the input.
         self.scored = [p.answer if metric == "log_probability" else p.answer[:1] for p in prompts]
@@ -113,28 +117,35 @@ class Sweep:
             return
         # Neighbours in length share a batch, so that little is spent on padding.
         remaining.sort(key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
-        if self.method == "auto":
-            self.method = "replay" if (reason := self._check(remaining[0])) is None else "full"
-            if reason is not None:
-                warnings.warn(f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=3)
+        while self.method != "full" and not self.checked:
+            try:
+                self._choose(remaining[0])
+            except RuntimeError as error:
+                self._make_room(error, self.from_end[remaining[0]])
         shared = self._shared(remaining)
         while remaining:
             batch = self._batch(remaining[: self._batch_size(remaining[0])])
             try:
                 swept = self._replay(batch, shared) if self.method == "replay" else self._full(batch)
             except RuntimeError as error:
-                if not _out_of_memory(error) or self.max_rows <= 2 * batch.block:
-                    raise
-                self.max_rows //= 2
-                warnings.warn(f"out of memory; going on with max_rows={self.max_rows}", stacklevel=3)
+                self._make_room(error, batch.block)
                 continue
             remaining = [i for i in remaining if i not in set(batch.index)]
             yield swept
+
+    def _make_room(self, error: RuntimeError, block: int) -> None:
+        """Halve the rows after running out of memory; raise any other error, and where no less is possible."""
+        if not _out_of_memory(error) or self.max_rows <= 2 * block:
+            raise error
+        self.max_rows //= 2
+        warnings.warn(f"out of memory; going on with max_rows={self.max_rows}", stacklevel=4)
 
     # -- the two ways -----------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def _replay(self, batch: Batch, shared: Prefix | None = None) -> Swept:
         backend, n_sites = self.backend, len(self.sites.layers)
+        if not batch.mask.all():  # padding would come before the shared beginning
+            shared = None
         tokens = batch.tokens if shared is None else batch.tokens[:, shared.n_prefix :]
         prefix = backend.read_prefix(tokens, batch.mask, block=batch.block, keep=batch.keep, shared=shared)
         baseline = self._score(prefix.logits[:, None], batch)[:, 0]
@@ -169,7 +180,9 @@ class Sweep:
         # Copy 0 went the whole way unpatched, so every pass checks mask, positions and cache against the plain forward.
         difference = _probability_difference(logits[:, 0], prefix.logits)
         if not difference <= self._tolerance:
-            raise ReplayError(f"the unpatched copy differs from the forward pass by {difference:.1e} in probability")
+            raise ReplayError(
+                f"the unpatched copy differs from the forward pass by {difference:.1e} in probability; pass method='full'"
+            )
         return logits[:, 1:]
 
     @torch.inference_mode()
@@ -203,14 +216,24 @@ class Sweep:
     def _tolerance(self) -> float:
         return 1e-4 if next(self.backend.model.parameters()).dtype == torch.float32 else 5e-2
 
+    def _choose(self, prompt: int) -> None:
+        reason = self._check(prompt)
+        if reason is not None and self.method == "replay":
+            raise ReplayError(f"exact replay can't serve this model ({reason}); pass method='full' or 'auto'")
+        if reason is not None:
+            warnings.warn(f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=4)
+        self.method, self.checked = "replay" if reason is None else "full", True
+
     def _check(self, prompt: int) -> str | None:
         """Compare two patches of one prompt with full forward passes; the reason against replay, or None."""
         batch = self._batch([prompt])
-        sites = sorted({0, len(self.sites.layers) // 2})
+        sites = [0, len(self.sites.layers) // 2]
+        # Many copies before the ones compared: models whose attention depends on where a copy stands (ALiBi) show it there.
+        before = [0] * max(min(30, self.max_rows // batch.block - 3), 0)
         try:
             with torch.inference_mode():
                 prefix = self.backend.read_prefix(batch.tokens, batch.mask, block=batch.block, keep=batch.keep)
-                replayed = self._run_copies(prefix, sites, batch)
+                replayed = self._run_copies(prefix, before + sites, batch)[:, len(before) :]
                 plain = torch.stack([self._forward(batch, site) for site in sites], dim=1)
         except ReplayError as error:
             return str(error)
@@ -268,7 +291,7 @@ class Sweep:
 
 
 class ReplayError(RuntimeError):
-    """Replay gave another result than a forward pass. Pass method='full' to go on without it."""
+    """Replay gave another result than a forward pass."""
 
 
 def _from_end(prompt: Sequence[int], position: int, i: int) -> int:

@@ -129,10 +129,11 @@ def _at(
             x[:, 0] = replacement[layer].to(x)
 
         sites = Sites(range(backend.n_layers), backend.resid_hook, write)
-        sweep = Sweep(backend, [broken], sites, metric=metric, position=position, method=method, max_rows=max_rows)
+        options = {"metric": metric, "position": position, "method": method, "max_rows": max_rows}
+        sweep = Sweep(backend, [broken], sites, **options, checked=i > 0)
         for swept in sweep.run():
             columns[i] = (swept.values - swept.baseline[:, None])[0]
-        method = sweep.method  # self-checked once
+        method = sweep.method
         bar.update()
     return columns
 

@@ -1,0 +1,210 @@
+"""Patching every head at the last prompt token, three ways, on the same prompts with the same results.
+
+    python benchmarks/head_sweep.py                      # SmolLM2 at about 90, 200 and 400 tokens
+    python benchmarks/head_sweep.py --shape llama-2-7b --device cuda --dtype bfloat16 --prompts 100 --lengths 200 --skip-slow
+
+1. one full forward pass per head through `run_with_hooks`
+2. `transformer_lens.patching.generic_activation_patch`
+3. ours: exact suffix replay
+
+The floor is the time of plain matrix products doing the arithmetic that no method can avoid: the prompt once, then each
+patched copy of its last token from the layer where it differs, and the unembedding of every copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ivlens.models import backend_of, load_model
+from ivlens.patching import head_effects
+
+ANSWER = " the"
+TEXT = "The mill stood empty for a year before anyone asked who owned it, and by then the roof had gone. "
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    model = random_llama(options.shape, options.device, dtype) if options.shape else load_model(
+        options.model, backend=options.backend, device=options.device, dtype=dtype
+    )
+    backend = backend_of(model)
+    print(f"{backend.name}: {backend.n_layers} × {backend.n_heads} heads, {type(model).__name__}, {options.dtype}, "
+          f"{options.device}, {torch.get_num_threads()} threads, {options.prompts} prompt(s)")
+    header = ("tokens", "per head (s)", "helper (s)", "ours (s)", "÷ per head", "÷ helper", "largest Δp", "floor (s)", "floor ÷ ours")
+    print(" | ".join(f"{h:>12}" for h in header))
+    for length in options.lengths:
+        print(" | ".join(f"{cell:>12}" for cell in compare(model, backend, length, options)), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--shape", choices=["llama-2-7b"], help="a randomly initialised model of this shape instead")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[90, 200, 400])
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="of ours and of the floor; the median counts")
+    parser.add_argument("--max-rows", type=int, default=None)
+    parser.add_argument("--slow-heads", type=int, default=None, help="heads for the slow ways, scaled up; default: all")
+    parser.add_argument("--skip-slow", action="store_true")
+    return parser.parse_args()
+
+
+def compare(model, backend, length: int, options: argparse.Namespace) -> list[str]:
+    tokens = prompts_of(backend, options.prompts, length)
+    answers = torch.tensor(backend.tokenizer.encode(ANSWER, add_special_tokens=False) * options.prompts)
+    shape = (backend.n_layers, backend.n_heads, backend.d_head)
+    replacement = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(backend.device, tokens_dtype(model)) * 0.3
+    ours = lambda: replay(model, tokens, replacement, options.max_rows)  # noqa: E731
+    ours()  # warm-up
+    seconds, values = median_time(ours, options.repeats, backend.device)
+    floor, _ = median_time(lambda: floor_work(model, backend, length, options.prompts), options.repeats, backend.device)
+    cells = [f"{length}", "", "", f"{seconds:.2f}", "", "", "", f"{floor:.2f}", f"{floor / seconds:.0%}"]
+    if not options.skip_slow:
+        heads = [(layer, h) for layer in range(shape[0]) for h in range(shape[1])][:: max(1, shape[0] * shape[1] // (options.slow_heads or 10**9))]
+        scale = shape[0] * shape[1] / len(heads)
+        each, reference = timed(lambda: one_forward_per_head(model, tokens, answers, replacement, heads), backend.device)
+        helper, also = timed(lambda: library_helper(model, tokens, answers, replacement, heads), backend.device)
+        index = [layer * shape[1] + h for layer, h in heads]
+        baseline = one_forward_per_head(model, tokens, answers, None, [(0, 0)])
+        difference = max((values[:, index] - (x - baseline)).abs().max().item() for x in (reference, also))
+        cells[1:3] = [f"{each * scale:.1f}", f"{helper * scale:.1f}"]
+        cells[4:7] = [f"{each * scale / seconds:.0f}×", f"{helper * scale / seconds:.0f}×", f"{difference:.1e}"]
+    return cells
+
+
+def replay(model, tokens: Tensor, replacement: Tensor, max_rows: int | None) -> Tensor:
+    """Effects on the answer's probability, [prompt, layer · head]."""
+    return head_effects(model, list(tokens), [ANSWER] * len(tokens), replacement, method="replay", max_rows=max_rows).flatten(1)
+
+
+@torch.inference_mode()
+def one_forward_per_head(model, tokens, answers, replacement, heads: Sequence[tuple[int, int]]) -> Tensor:
+    columns = []
+    mask = torch.ones_like(tokens)
+    for layer, head in heads:
+
+        def patch(z: Tensor, hook) -> Tensor:
+            if replacement is not None:
+                z[:, -1, head] = replacement[layer, head]
+            return z
+
+        logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", patch)])
+        columns.append(probability(logits, answers))
+    return torch.stack(columns, dim=1)
+
+
+@torch.inference_mode()
+def library_helper(model, tokens, answers, replacement, heads: Sequence[tuple[int, int]]) -> Tensor:
+    import pandas as pd
+    from transformer_lens import ActivationCache, patching
+
+    cache = ActivationCache({f"blocks.{layer}.attn.hook_z": z[None] for layer, z in enumerate(replacement)}, model)
+
+    def setter(z: Tensor, index: Sequence[int], clean: ActivationCache) -> Tensor:
+        z[:, -1, index[1]] = clean[f"blocks.{index[0]}.attn.hook_z"][0, index[1]]
+        return z
+
+    columns = []
+    for i in range(len(tokens)):  # its metric is one number per forward pass
+        frame = pd.DataFrame(heads, columns=["layer", "head"])
+        metric = lambda logits, i=i: probability(logits, answers[i : i + 1])[0]  # noqa: E731
+        columns.append(patching.generic_activation_patch(model, tokens[i : i + 1], cache, metric, setter, "z", index_df=frame))
+    return torch.stack(columns).cpu()
+
+
+def probability(logits: Tensor, answers: Tensor) -> Tensor:
+    last = logits[:, -1].float()
+    return last.softmax(-1).gather(-1, answers[:, None].to(last.device))[:, 0].cpu()
+
+
+@torch.inference_mode()
+def floor_work(model, backend, length: int, prompts: int) -> None:
+    """The matrix products of the prompt, of every copy where it differs, and of the unembedding."""
+    cfg, device, dtype = model.cfg, backend.device, tokens_dtype(model)
+    heads, kv = backend.n_heads, getattr(cfg, "n_key_value_heads", None) or backend.n_heads
+    d, width = backend.d_model, backend.n_heads * backend.d_head
+    into = torch.empty(width + 2 * kv * backend.d_head, d, device=device, dtype=dtype).normal_(0, 0.02)
+    out = torch.empty(d, width, device=device, dtype=dtype).normal_(0, 0.02)
+    gated = 2 if getattr(cfg, "gated_mlp", True) else 1
+    up = torch.empty(gated * cfg.d_mlp, d, device=device, dtype=dtype).normal_(0, 0.02)
+    down = torch.empty(d, cfg.d_mlp, device=device, dtype=dtype).normal_(0, 0.02)
+    unembed = torch.empty(backend.d_vocab, d, device=device, dtype=dtype).normal_(0, 0.02)
+
+    # One buffer of each kind, cut to size: making the inputs is not part of the floor.
+    most = max(length, backend.n_layers * heads + 1)
+    buffers = {n: torch.empty(most, n, device=device, dtype=dtype).normal_() for n in (d, width, cfg.d_mlp)}
+    queries = torch.empty(heads, most, backend.d_head, device=device, dtype=dtype).normal_()
+    keys = torch.empty(heads, length, backend.d_head, device=device, dtype=dtype).normal_()
+
+    def layer(rows_attention: int, rows_mlp: int) -> None:
+        if rows_attention:
+            torch.nn.functional.linear(buffers[d][:rows_attention], into)
+            scores = queries[:, :rows_attention] @ keys.transpose(1, 2)
+            scores @ keys
+            torch.nn.functional.linear(buffers[width][:rows_attention], out)
+        torch.nn.functional.linear(buffers[d][:rows_mlp], up)
+        torch.nn.functional.linear(buffers[cfg.d_mlp][:rows_mlp], down)
+
+    for _ in range(prompts):
+        for i in range(backend.n_layers):
+            layer(length, length)
+            layer(heads * i, heads * (i + 1))  # a copy patched here has its attention input from the unpatched one
+        torch.nn.functional.linear(buffers[d][: backend.n_layers * heads + 1], unembed)
+
+
+def prompts_of(backend, prompts: int, length: int) -> Tensor:
+    ids = backend.tokenizer.encode(TEXT * (length // 10 + prompts), add_special_tokens=False)
+    return torch.tensor([ids[7 * i : 7 * i + length] for i in range(prompts)], device=backend.device) % backend.d_vocab
+
+
+def tokens_dtype(model) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def random_llama(shape: str, device: str, dtype: torch.dtype):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from ivlens.models.smollm2 import smollm2_folder
+
+    config = LlamaConfig()  # its defaults are Llama-2-7B's: 32 layers, 32 heads, d_model 4096, d_mlp 11008, 32,000 tokens
+    with torch.device(device):
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            hf_model = LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(previous)
+    return load_model(hf_model, tokenizer=AutoTokenizer.from_pretrained(smollm2_folder()), device=device, dtype=dtype, backend="bridge")
+
+
+def timed(work: Callable, device: torch.device) -> tuple[float, object]:
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def median_time(work: Callable, repeats: int, device: torch.device) -> tuple[float, object]:
+    runs = [timed(work, device) for _ in range(repeats)]
+    return statistics.median(seconds for seconds, _ in runs), runs[-1][1]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Scores per task with and without vectors, with controls beside every gain and confidence intervals on everything."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from ivlens.decoding import complete
+from ivlens.models.backends import Backend, backend_of
+from ivlens.prompts import Prompt, build_prompts, tokenize
+from ivlens.statistics import bootstrap_mean, wilson
+from ivlens.steering import Injection
+from ivlens.tasks.suite import as_suite
+from ivlens.tasks.task import Task
+from ivlens.vectors import Head, InstructionVector, extract_vector, random_vector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+__all__ = ["CONTROLS", "METRICS", "Evaluation", "evaluate"]
+
+METRICS = ("first_token", "exact_match", "rouge_l", "probability")
+BINARY = ("first_token", "exact_match")
+BASELINE = "no vector"
+CONTROLS = ("random vector", "random heads", "other task")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of every prompt under every condition.
+
+    Attributes
+    ----------
+    scores
+        One row per task, condition and prompt: the metrics, the answer, and the generated text.
+    metadata
+        Model and settings.
+    """
+
+    scores: pd.DataFrame
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task_names(self) -> list[str]:
+        return list(dict.fromkeys(self.scores["task"]))
+
+    @property
+    def conditions(self) -> list[str]:
+        return list(dict.fromkeys(self.scores["condition"]))
+
+    @property
+    def metrics(self) -> list[str]:
+        return [m for m in METRICS if m in self.scores]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per task, condition and metric: mean with 95 % interval (Wilson for hits, else bootstrap) and n."""
+        import pandas as pd
+
+        rows = []
+        for (task, condition), part in self.scores.groupby(["task", "condition"], sort=False):
+            for metric in self.metrics:
+                values = part[metric].to_numpy(float)
+                low, high = wilson(values) if metric in BINARY else bootstrap_mean([values])
+                row = {"task": task, "condition": condition, "metric": metric, "mean": values.mean()}
+                rows.append({**row, "low": low, "high": high, "n": len(values)})
+        return pd.DataFrame(rows)
+
+    def gains(self, metric: str = "first_token") -> pd.DataFrame:
+        """Each condition minus no vector, prompt by prompt, per task and on average over tasks (95 % paired bootstrap)."""
+        import pandas as pd
+
+        if metric not in self.metrics:
+            raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
+        table = self.scores.pivot(index=["task", "prompt"], columns="condition", values=metric)
+        rows = []
+        for condition in self.conditions:
+            if condition == BASELINE:
+                continue
+            differences = (table[condition] - table[BASELINE]).dropna()
+            parts = {task: differences[task].to_numpy(float) for task in self.task_names if task in differences}
+            for task, values in [*((t, [v]) for t, v in parts.items()), ("average", list(parts.values()))]:
+                low, high = bootstrap_mean(values)
+                mean = sum(v.mean() for v in values) / len(values)
+                n = sum(map(len, values))
+                rows.append({"task": task, "condition": condition, "gain": mean, "low": low, "high": high, "n": n})
+        return pd.DataFrame(rows)
+
+    def plot(self, metric: str = "first_token") -> go.Figure:
+        """Bars per task: every condition with its interval."""
+        from ivlens.plots import plot_evaluation
+
+        return plot_evaluation(self, metric)
+
+    def save(self, path: str | Path) -> Path:
+        """Save to one JSON file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"kind": "evaluation", "metadata": self.metadata, "scores": self.scores.to_dict("records")}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Load what `save` wrote."""
+        import pandas as pd
+
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is truncated or not JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("kind") != "evaluation":
+            raise ValueError(f"{path} holds no evaluation that ivlens saved")
+        return cls(pd.DataFrame(content["scores"]), content["metadata"])
+
+    def _table(self) -> pd.DataFrame:
+        frame = self.to_dataframe()
+        frame["shown"] = [f"{m:.1%} [{lo:.1%}, {hi:.1%}]" for m, lo, hi in zip(frame["mean"], frame["low"], frame["high"])]
+        return frame.pivot(index=["task", "condition"], columns="metric", values="shown")[self.metrics].reindex(
+            [(t, c) for t in self.task_names for c in self.conditions if ((frame["task"] == t) & (frame["condition"] == c)).any()]
+        )
+
+    def __repr__(self) -> str:
+        return f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)\n{self._table().to_string()}"
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()  # escapes
+
+
+def evaluate(
+    model: Any,
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    *,
+    vectors: InstructionVector | Mapping[str, InstructionVector] | None = None,
+    shots: int = 0,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    split: str = "test",
+    n_prompts: int | None = None,
+    layer: int | None = None,
+    scale: float | None = None,
+    positions: str = "last",
+    mode: str = "sum",
+    controls: Sequence[str] = CONTROLS,
+    reference_shots: int | None = None,
+    metrics: Sequence[str] = METRICS,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Score tasks without a vector, with one, and with its controls.
+
+    Parameters
+    ----------
+    vectors
+        One vector for all tasks, or one per task; layer and scale are the vector's own unless given (choose them on the
+        validation split with `tune_injection`).
+    controls
+        Beside the vector: `random vector` (same norm), `random heads` (as many others' shares), `other task` (the next
+        task's vector), all at the vector's layer and scale. `()` for none.
+    reference_shots
+        Also score prompts with this many demonstrations and no vector.
+    metrics
+        `first_token` (the answer's first token is ranked first), `exact_match` and `rouge_l` (F1) of the greedily generated
+        answer, `probability` of the whole answer.
+
+    Raises
+    ------
+    ValueError
+        If a metric or control is unknown, or a task has no vector.
+    """
+    suite = as_suite(tasks)
+    backend = backend_of(model)
+    _check_names(metrics, METRICS, "metric")
+    _check_names(controls, CONTROLS, "control")
+    if isinstance(vectors, InstructionVector):
+        vectors = {name: vectors for name in suite}
+    if vectors is not None and (missing := [name for name in suite if name not in vectors]):
+        raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
+    prompt_options: dict[str, Any] = {"instruction": instruction, "style": style, "split": split, "n": n_prompts, "seed": seed}
+    options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(suite), desc="evaluating", disable=not progress) as bar:
+        for task in suite.values():
+            bar.set_postfix_str(task.name)
+            conditions: dict[str, Injection | None] = {BASELINE: None}
+            if vectors is not None:
+                for name, vector in _with_controls(model, task, vectors, controls, seed).items():
+                    conditions[name] = Injection.of(backend, vector, **options)
+            prompts = build_prompts(task, shots=shots, **prompt_options)
+            rows += _score(backend, task, prompts, conditions, metrics, batch_size)
+            if reference_shots is not None:
+                shown = build_prompts(task, shots=reference_shots, **prompt_options)
+                rows += _score(backend, task, shown, {f"{reference_shots} demonstrations": None}, metrics, batch_size)
+            bar.update()
+    import pandas as pd
+
+    metadata = {"model": backend.name, "shots": shots, **{k: v for k, v in prompt_options.items() if k != "n"}, **options}
+    return Evaluation(pd.DataFrame(rows), metadata)
+
+
+def _score(
+    backend: Backend,
+    task: Task,
+    prompts: Sequence[Prompt],
+    conditions: Mapping[str, Injection | None],
+    metrics: Sequence[str],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    import math
+
+    tokenized = tokenize(backend, prompts)
+    generated = "exact_match" in metrics or "rouge_l" in metrics
+    # Room for the longest right answer and the token that ends it.
+    max_new_tokens = max(len(t.answer) for t in tokenized) + 2 if generated else None
+    done = complete(backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=prompts[0].stop, batch_size=batch_size)
+    rouge = _rouge() if "rouge_l" in metrics else None
+    rows = []
+    for condition, result in done.items():
+        for i, prompt in enumerate(prompts):
+            answer, text = prompt.query.output, result.texts[i].strip()
+            values = {"first_token": result.first_token[i], "probability": math.exp(result.log_probability[i])}
+            if generated:
+                values["exact_match"] = float(text == answer.strip())
+            if rouge is not None:
+                values["rouge_l"] = rouge.score(answer, text)["rougeL"].fmeasure
+            row = {"task": task.name, "condition": condition, "prompt": i, **{m: values[m] for m in metrics}}
+            rows.append({**row, "input": prompt.query.input, "answer": answer, "text": text})
+    return rows
+
+
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
+
+
+def _with_controls(
+    model: Any, task: Task, vectors: Mapping[str, InstructionVector], controls: Sequence[str], seed: int
+) -> dict[str, InstructionVector]:
+    """The task's vector and its controls, all with its layer and scale."""
+    vector = vectors[task.name]
+    out = {"vector": vector}
+    if "random vector" in controls:
+        out["random vector"] = random_vector(vector, seed=seed)
+    if "random heads" in controls and vector.heads:
+        out["random heads"] = replace(_random_heads(model, task, vector, seed), layer=vector.layer, scale=vector.scale)
+    names = list(vectors)
+    other = vectors[names[(names.index(task.name) + 1) % len(names)]]
+    if "other task" in controls and other is not vector:
+        out["other task"] = replace(other, layer=vector.layer, scale=vector.scale)
+    return out
+
+
+def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: int) -> InstructionVector:
+    """As many heads that aren't the vector's, their shares taken from prompts like those behind the vector."""
+    backend = backend_of(model)
+    rest = [Head(layer, h) for layer in range(backend.n_layers) for h in range(backend.n_heads)]
+    rest = [head for head in rest if head not in vector.heads]
+    heads = random.Random(f"{seed}/{task.name}").sample(rest, min(len(vector.heads), len(rest)))
+    options = {k: vector.metadata[k] for k in ("shots", "instruction", "style") if k in vector.metadata}
+    return extract_vector(model, task, heads, n_prompts=20, seed=seed, **options)
+
+
+def _check_names(given: Sequence[str], known: Sequence[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")

@@ -1,0 +1,72 @@
+"""Fixtures of all tests. Everything is made in memory or a temporary folder: no network, no Hugging Face cache."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+import pytest
+import torch
+
+import ivlens as ivl
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny matrices: threads only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    return tiny.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def load(tokenizer):
+    """`load("gpt2")`: that tiny hooked model, built once."""
+    models = {}
+
+    def loaded(name: str):
+        if name not in models:
+            models[name] = tiny.hooked_model(name, tokenizer)
+        return models[name]
+
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def model(load):
+    """The tiny model of tests that need just any: Llama, two key-value heads for four query heads."""
+    return load("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return ivl.load_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def task():
+    """Twenty-four examples in words the tiny tokenizer knows; instructions in two wordings."""
+    return ivl.Task.from_records(
+        [{"input": word, "output": f"{word}ed"} for word in tiny.VERBS],
+        name="past",
+        instruction=["Write the past form.", "Put the word into the past."],
+    )
+
+
+@pytest.fixture(scope="session")
+def other_task():
+    return ivl.Task.from_records(
+        [{"input": word, "output": f"{word}s"} for word in tiny.VERBS], name="plural", instruction="Write the plural form."
+    )

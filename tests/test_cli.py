@@ -1,0 +1,76 @@
+"""The command line on a tiny model: every command writes its folder, and errors are readable."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import ivlens as ivl
+from ivlens.cli import app
+from tests import tiny
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A local model folder, a task file, and what `locate` and `extract` make of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.hf_model("llama").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    records = [json.dumps({"input": verb, "output": f"{verb}ed"}) for verb in tiny.VERBS]
+    (folder / "past.jsonl").write_text("\n".join(records))
+    common = ["--model", f"{folder / 'model'}", "--file", f"{folder / 'past.jsonl'}", "--instruction", "Write the past form."]
+    run("locate", *common, "--shots", "2", "--n-prompts", "3", "--out", f"{folder / 'heads'}")
+    heads = f"{folder / 'heads' / 'effects.safetensors'}"
+    run("extract", *common, "--heads", heads, "--top", "3", "--shots", "2", "--n-prompts", "4", "--out", f"{folder / 'vectors'}")
+    return folder
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_locate_writes_effects_and_report(folder):
+    assert ivl.HeadEffects.load(folder / "heads" / "effects.safetensors").values.shape == (3, 3, 4)
+    assert "<html" in (folder / "heads" / "report.html").read_text().lower()
+
+
+def test_extract_writes_a_tuned_vector(folder):
+    vector = ivl.InstructionVector.load(folder / "vectors" / "past")
+    assert len(vector.heads) == 3 and vector.layer is not None
+
+
+def test_steer_shows_three_columns(folder, tmp_path):
+    options = ["--model", f"{folder / 'model'}", "--out", f"{tmp_path}", "--max-new-tokens", "3"]
+    output = run("steer", f"{folder / 'vectors' / 'past'}", "Q: walk\\nA:", *options)
+    assert "no vector" in output
+    rows = json.loads((tmp_path / "generations.json").read_text())
+    assert list(rows[0]) == ["prompt", "no vector", "+ vector", "− vector"] and rows[0]["prompt"] == "Q: walk\nA:"
+
+
+def test_evaluate_writes_scores(folder, tmp_path):
+    files = ["--model", f"{folder / 'model'}", "--file", f"{folder / 'past.jsonl'}", "--instruction", "Write the past form."]
+    run("evaluate", *files, "--vectors", f"{folder / 'vectors'}", "--reference-shots", "2", "--out", f"{tmp_path}")
+    scores = ivl.Evaluation.load(tmp_path / "evaluation.json")
+    assert {"vector", "random vector", "2 demonstrations"} <= set(scores.conditions)
+
+
+def test_tasks_lists_and_shows():
+    assert "country_capital" in run("tasks")
+    assert "antonym" in run("tasks", "antonym")
+
+
+def test_models_names_the_built_in_one():
+    assert "smollm2" in run("models")
+
+
+def test_unknown_task_ends_with_a_hint_not_a_traceback():
+    output = run("tasks", "presnt_past", code=2)
+    assert "did you mean 'present_past'" in output and "Traceback" not in output
+
+
+def test_file_without_instruction_is_an_error(folder):
+    assert "--file needs --instruction" in run("locate", "--file", f"{folder / 'past.jsonl'}", code=2)

@@ -1,0 +1,110 @@
+"""Scores, controls, intervals and gains."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ivlens as ivl
+from ivlens.evaluation import CONTROLS
+from ivlens.models import backend_of
+from ivlens.statistics import bootstrap_mean, wilson
+from ivlens.vectors import Head
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def vectors(model, task, other_task):
+    heads = [Head(0, 1), Head(1, 2), Head(2, 0)]
+    return {t.name: ivl.extract_vector(model, t, heads, shots=2, n_prompts=6) * 5 for t in (task, other_task)}
+
+
+@pytest.fixture(scope="module")
+def scores(model, task, other_task, vectors):
+    options = {"layer": 1, "scale": 1.0, "reference_shots": 2, "progress": False}
+    return ivl.evaluate(model, [task, other_task], vectors=vectors, **options)
+
+
+def test_every_condition_is_scored_on_the_same_prompts_of_the_test_split(scores, task):
+    assert scores.conditions == ["no vector", "vector", *CONTROLS, "2 demonstrations"]
+    for _, part in scores.scores[scores.scores["task"] == "past"].groupby("condition"):
+        assert list(part["input"]) == [x.input for x in task.test]
+
+
+def test_scores_equal_a_forward_pass_and_greedy_decoding_by_hand(model, task, scores):
+    backend = backend_of(model)
+    rows = scores.scores.query("task == 'past' and condition == 'no vector'")
+    for row in rows.itertuples():
+        prompt = model.to_tokens(f"Q: {row.input}\nA:")
+        answer = torch.tensor([backend.tokenizer.encode(f" {row.answer}", add_special_tokens=False)])
+        logits = model(torch.cat([prompt, answer], dim=1))[0, prompt.shape[1] - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(-1, answer.T).sum().exp().item()
+        assert row.probability == pytest.approx(expected, rel=1e-3)
+        assert row.first_token == float(logits[0].argmax() == answer[0, 0])
+        assert row.exact_match == float(row.text.strip() == row.answer)
+
+
+def test_vector_condition_equals_injecting_by_hand(model, scores, vectors):
+    row = scores.scores.query("task == 'past' and condition == 'vector'").iloc[0]
+    with vectors["past"].inject(model, layer=1, scale=1.0):
+        text = ivl.generate(model, f"Q: {row['input']}\nA:", max_new_tokens=len(row["answer"]) + 2)["no vector"][0]
+    assert text.startswith(row["text"]) or row["text"].startswith(text)
+
+
+def test_table_has_means_intervals_and_n(scores, task):
+    table = scores.to_dataframe()
+    assert set(table["metric"]) == {"first_token", "exact_match", "rouge_l", "probability"}
+    assert (table["low"] <= table["mean"] + 1e-9).all() and (table["mean"] <= table["high"] + 1e-9).all()
+    assert set(table["n"]) == {len(task.test)}
+
+
+def test_gains_are_paired_differences_with_an_average_over_tasks(scores):
+    gains = scores.gains("probability").set_index(["task", "condition"])["gain"]
+    means = scores.to_dataframe().query("metric == 'probability'").set_index(["task", "condition"])["mean"]
+    for task in ("past", "plural"):
+        assert gains[task, "vector"] == pytest.approx(means[task, "vector"] - means[task, "no vector"])
+    assert gains["average", "vector"] == pytest.approx((gains["past", "vector"] + gains["plural", "vector"]) / 2)
+
+
+def test_evaluation_comes_back_from_its_file(scores, tmp_path):
+    again = type(scores).load(scores.save(tmp_path / "scores.json"))
+    assert again.scores.equals(scores.scores) and again.metadata == scores.metadata
+
+
+def test_broken_evaluation_file_is_named(tmp_path):
+    (tmp_path / "scores.json").write_text('{"kind": "eval')
+    with pytest.raises(ValueError, match="truncated or not JSON"):
+        ivl.Evaluation.load(tmp_path / "scores.json")
+
+
+def test_unknown_metric_control_and_missing_vector_are_named(model, task, other_task, vectors):
+    with pytest.raises(ValueError, match="metric 'f1' is unknown; choose from first_token"):
+        ivl.evaluate(model, task, metrics=["f1"])
+    with pytest.raises(ValueError, match="control 'noise' is unknown"):
+        ivl.evaluate(model, task, controls=["noise"])
+    with pytest.raises(ValueError, match="no vector for task\\(s\\) plural"):
+        ivl.evaluate(model, [task, other_task], vectors={"past": vectors["past"]})
+
+
+def test_random_vector_control_has_the_norm_of_the_vector(vectors):
+    vector = vectors["past"]
+    random = ivl.vectors.random_vector(vector, seed=3)
+    assert random.norm() == pytest.approx(vector.norm(), rel=1e-5)
+    assert abs(random.cosine(vector)) < 0.7
+
+
+def test_wilson_interval_against_its_formula_solved_by_bisection():
+    hits, n, z = 13, 40, 1.959964
+    low, high = wilson([1.0] * hits + [0.0] * (n - hits))
+    for p in (low, high):
+        assert abs(hits / n - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n), rel=1e-6)
+
+
+def test_bootstrap_interval_is_close_to_the_normal_one_for_many_values():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=4000)
+    low, high = bootstrap_mean([values])
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.15 * half)

@@ -1,0 +1,142 @@
+"""Tiny random models of every architecture, and a tokenizer for them.
+
+With transformer-lens 4 a Hugging Face model is made from its config and loaded as a bridge. With 3.9 it is converted to
+`HookedTransformer`; architectures that 3.9 only knows by the names of released models are built from a
+`HookedTransformerConfig` with the same features instead.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import ivlens as ivl
+
+HOOKED = find_spec("transformer_lens.HookedTransformer") is not None  # transformer-lens 3.9
+
+# fmt: off
+VERBS = (
+    "walk jump look talk call help open play stay rain paint clean cook laugh watch wait start end turn ask need learn work point"
+).split()
+# fmt: on
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE tokenizer: printable ASCII and line breaks, some merges, BOS, EOS and padding tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
+    trainer = trainers.BpeTrainer(vocab_size=200, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", "<pad>"])
+    text = [f"Q: {verb}\nA: {verb}ed\n\nWrite the past form of the word." for verb in VERBS]
+    tokenizer.train_from_iterator(text, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+# -- Hugging Face models ------------------------------------------------------------------------------------------------
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 128}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_WINDOW = 5  # shorter than the prompts of the tests
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_OLD = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {**_OLD, "n_ctx": 128}),
+    "gpt_neox": ("GPTNeoX", {**_SIZES, "rotary_pct": 0.5}),
+    "gptj": ("GPTJ", {**_OLD, "rotary_dim": 4}),
+    "llama": ("Llama", _GROUPED),
+    "mistral": ("Mistral", {**_GROUPED, "head_dim": 16, "sliding_window": _WINDOW}),
+    "qwen2": ("Qwen2", _GROUPED),
+    "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 16}),
+    "gemma": ("Gemma", {**_GROUPED, "num_key_value_heads": 1, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {**_GROUPED, "head_dim": 16, "sliding_window": _WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 16,
+         "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {**_GROUPED, "head_dim": 16, "sliding_window": _WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 16},
+    ),
+    "phi": ("Phi", {**_SIZES, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", {**_GROUPED, "sliding_window": _WINDOW, "pad_token_id": 2}),
+    "olmo2": ("Olmo2", _GROUPED),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
+}  # fmt: skip
+_MODELS = {"gpt2": "GPT2LMHeadModel"}
+
+
+def hf_model(name: str, **changes: Any) -> Any:
+    """A random Hugging Face model in evaluation mode, always the same one."""
+    family, settings = CONFIGS[name]
+    tokens = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = getattr(transformers, f"{family}Config")(**{**tokens, **settings, **changes})
+    kind = family.removesuffix("Text") + ("LMHeadModel" if family == "GPT2" else "ForCausalLM")
+    return randomize(getattr(transformers, kind)(config)).eval()
+
+
+@torch.no_grad()
+def randomize(model: Any, seed: int = 0) -> Any:
+    """Weights large enough that every head matters; biases and norms away from 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(0.3 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
+    return model
+
+
+# -- hooked models ------------------------------------------------------------------------------------------------------
+
+_PLAIN = {
+    "n_layers": 3, "n_heads": 4, "d_model": 32, "d_head": 8, "d_mlp": 48, "n_ctx": 128, "d_vocab": 200, "act_fn": "silu",
+    "normalization_type": "RMS", "final_rms": True, "gated_mlp": True, "positional_embedding_type": "rotary",
+    "rotary_adjacent_pairs": False, "device": "cpu", "seed": 0,
+}  # fmt: skip
+_LOCAL = {"use_local_attn": True, "window_size": _WINDOW, "attn_types": ["local", "global", "local"]}
+
+BY_HAND: dict[str, dict[str, Any]] = {
+    "gemma": {**_PLAIN, "d_head": 16, "n_key_value_heads": 1, "act_fn": "gelu_pytorch_tanh"},
+    "gemma2": {
+        **_PLAIN, **_LOCAL, "d_head": 16, "n_key_value_heads": 2, "use_normalization_before_and_after": True,
+        "attn_scores_soft_cap": 5.0, "output_logits_soft_cap": 4.0,
+    },
+    "gemma3": {
+        **_PLAIN, **_LOCAL, "d_head": 16, "n_key_value_heads": 2, "use_normalization_before_and_after": True,
+        "use_qk_norm": True, "rotary_base": 1_000_000, "rotary_base_local": 10_000,
+    },
+    "phi": {**_PLAIN, "normalization_type": "LN", "final_rms": False, "gated_mlp": False, "parallel_attn_mlp": True, "rotary_dim": 4},
+    "olmo2": {**_PLAIN, "n_key_value_heads": 2, "original_architecture": "Olmo2ForCausalLM"},
+}  # fmt: skip
+
+
+def hooked_model(name: str, tokenizer: Any) -> Any:
+    """A tiny model as the installed transformer-lens hooks it."""
+    if not HOOKED:
+        return ivl.load_model(hf_model(name), tokenizer=tokenizer)
+    if name not in BY_HAND:
+        return ivl.load_model(hf_model(name), tokenizer=tokenizer, backend="hooked")
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    model = HookedTransformer(HookedTransformerConfig(**BY_HAND[name]), tokenizer=tokenizer)
+    return randomize(model).eval()
+
+
+def tokens(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
+    """Random prompts of these lengths, without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 200, (n,), generator=generator) for n in lengths]
