@@ -36,7 +36,7 @@ def complete(
     *,
     max_new_tokens: int | None = None,
     stop: str | None = "\n",
-    batch_size: int = 16,
+    batch_size: int = 64,
     bar: tqdm | None = None,
 ) -> dict[str, Completions]:
     """Decode and score every prompt under every injection.

@@ -150,7 +150,7 @@ def evaluate(
     controls: Sequence[str] = CONTROLS,
     reference_shots: int | None = None,
     metrics: Sequence[str] = METRICS,
-    batch_size: int = 16,
+    batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -218,7 +218,7 @@ def _score(
     tokenized = tokenize(backend, prompts)
     generated = "exact_match" in metrics or "rouge_l" in metrics
     # Room for the longest right answer and the token that ends it.
-    max_new_tokens = max(len(t.answer) for t in tokenized) + 2 if generated else None
+    max_new_tokens = max(len(t.answer) for t in tokenized) + 1 if generated else None
     done = complete(backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=prompts[0].stop, batch_size=batch_size)
     rouge = _rouge() if "rouge_l" in metrics else None
     rows = []

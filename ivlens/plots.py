@@ -173,10 +173,10 @@ def plot_search(search: InjectionSearch) -> go.Figure:
     figure.update_annotations(font_size=13, yshift=2)
     colorbar(figure, "accuracy", tickformat=".0%")
     goal = "inducing" if search.goal == "induce" else "suppressing"
+    chosen, beside = panels[0][y, x], panels[1][y, x]
     notes = [
-        f"first-token accuracy · {goal} the task · {counted(search.n, 'prompt')} · nothing injected: {search.baseline:.1%}",
-        f"outlined: the choice, layer {best.layer} and scale {plain(best.scale)}: {panels[0][y, x]:.1%} "
-        f"(random vector: {panels[1][y, x]:.1%})",
+        f"{goal} the task, {counted(search.n, 'prompt')} · nothing injected: {search.baseline:.1%}",
+        f"outlined: layer {best.layer}, scale {plain(best.scale)}: {chosen:.1%} (random vector there: {beside:.1%})",
     ]
     title = f"Where and how strongly to inject “{escaped(search.vector.name)}”"
     return finish(figure, title, notes, width=2 * width + gap, height=height, right=96, extra_top=20)

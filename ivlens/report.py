@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from ivlens.steering import Generations
 
 __all__ = ["Section", "write_figure", "write_report"]
 
+# Of plotly's buttons only the one that saves an image; others send the figure to a web site. Dragging zooms anyway.
+CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
 FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 
@@ -120,11 +122,11 @@ def write_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> 
         options = {"format": ending, "scale": scale, **size}
         image = kaleido.calc_fig_sync(figure.to_dict(), opts=options, kopts={"mathjax": False})
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
-            f"can't write {path.name}: kaleido draws it with a Chrome or Chromium browser and found none that works ({reason}). "
-            "Install one, with plotly_get_chrome or your system's package manager (Debian, Ubuntu: apt install chromium), "
-            "or name one in the environment variable BROWSER_PATH. figure.write_html and ivl.write_report need no browser."
+            f"can't write {path.name}: kaleido needs a Chrome or Chromium browser and found none that works "
+            f"({type(error).__name__}). Install one, by plotly_get_chrome or the system's package manager (Debian and "
+            "Ubuntu: apt install chromium), or name one in the environment variable BROWSER_PATH. figure.write_html "
+            "and ivl.write_report need no browser."
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image)
@@ -143,7 +145,8 @@ def _paragraphs(text: str) -> str:
 
 def _section(number: int, section: Section) -> str:
     items = "".join(_item(item, f"figure-{number}-{i}") for i, item in enumerate(section.items, start=1))
-    return f'<section id="section-{number}"><h2>{_escape(section.title)}</h2>{_paragraphs(section.text)}{items}</section>\n'
+    head = f"<h2>{_escape(section.title)}</h2>{_paragraphs(section.text)}"
+    return f'<section id="section-{number}">{head}{items}</section>\n'
 
 
 def _item(item: Any, name: str) -> str:
@@ -159,11 +162,10 @@ def _item(item: Any, name: str) -> str:
 def _figure(figure: go.Figure, name: str) -> str:
     """As wide as the figure was made, narrower where the page is."""
     width = figure.layout.width or 900
+    size = f"width:{width:.0f}px;min-width:{min(width, max(430, 0.8 * width)):.0f}px"  # on a phone, scroll
     figure = go.Figure(figure).update_layout(width=None, autosize=True)
-    inner = figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=name, config={"responsive": True, "displaylogo": False}
-    )
-    return f'<div class="scroll"><div class="figure" style="width:{width:.0f}px">{inner}</div></div>'
+    inner = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=CONFIG)
+    return f'<div class="scroll"><div class="figure" style="{size}">{inner}</div></div>'
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -191,7 +193,7 @@ def _right(numeric: bool) -> str:
 
 
 def _missing(x: Any) -> bool:
-    return x is None or x is pd.NA or x is pd.NaT or (isinstance(x, float) and x != x)
+    return x is None or x is pd.NA or x is pd.NaT or (isinstance(x, numbers.Real) and x != x)
 
 
 def _cell(x: Any) -> str:
@@ -210,15 +212,13 @@ def _number(x: float) -> str:
 
 def _generations(generations: Generations) -> str:
     """Side by side, line breaks kept, steered columns tinted."""
-    columns: Iterable[tuple[str, str, list[str]]] = [
-        ("prompt", "", list(generations.prompts)),
-        *((name, _tint(name), texts) for name, texts in generations.texts.items()),
-    ]
-    columns = list(columns)
+    columns = [("prompt", "", generations.prompts)]
+    columns += [(name, _tint(name), texts) for name, texts in generations.texts.items()]
     head = "".join(f'<th class="{tint}">{_escape(name)}</th>' for name, tint, _ in columns)
     cells = [[f'<td class="text {tint}">{_lines(text)}</td>' for text in texts] for _, tint, texts in columns]
     rows = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*cells, strict=True))
-    return f'<div class="scroll"><table class="generations"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = f'<table class="generations"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def _tint(condition: str) -> str:
@@ -238,8 +238,8 @@ def _about(about: Mapping[str, str]) -> str:
 
 # The browser itself is told to fetch nothing. Some of plotly's traces make functions from text, hence unsafe-eval.
 POLICY = (
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; worker-src blob:\">"
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline' "
+    "'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; worker-src blob:\">"
 )
 
 STYLE = """
@@ -260,7 +260,7 @@ a { color: var(--link); text-decoration: none; } a:hover { text-decoration: unde
 nav { margin-top: 1.4rem; padding: .9rem 1.2rem; background: var(--band); border-radius: 8px; }
 nav h2 { font-size: .85rem; color: var(--faint); margin: 0 0 .3rem; } nav ol { margin: 0; padding-left: 1.3rem; }
 .scroll { overflow-x: auto; margin: 0 0 1.4rem; } .tall { max-height: 32rem; overflow-y: auto; }
-.figure { max-width: 100%; min-width: min(100%, 22rem); background: #fff; border-radius: 6px; overflow: hidden; }
+.figure { max-width: 100%; background: #fff; border-radius: 6px; overflow: hidden; }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; }
 th, td { padding: .32rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 thead th { position: sticky; top: 0; background: var(--band); font-weight: 600; white-space: nowrap; }
@@ -272,8 +272,10 @@ td.text:empty::after { content: "(nothing)"; color: var(--faint); font-style: it
 .break::after { content: "\\21B5"; color: var(--faint); opacity: .7; }
 .steered { background: var(--plus); } .steered.minus { background: var(--minus); }
 thead th.steered { background: var(--plus); } thead th.steered.minus { background: var(--minus); }
-footer { margin-top: 3rem; padding-top: 1.2rem; border-top: 1px solid var(--line); color: var(--faint); font-size: .9rem; }
-.about { margin-bottom: 1rem; } .about th { font-weight: 600; white-space: nowrap; } .about td { overflow-wrap: anywhere; }
+footer { margin-top: 3rem; padding-top: 1.2rem; border-top: 1px solid var(--line); color: var(--faint);
+  font-size: .9rem; }
+.about { margin-bottom: 1rem; } .about th { font-weight: 600; white-space: nowrap; }
+.about td { overflow-wrap: anywhere; }
 @media print { main { max-width: none; padding: 0; } .tall { max-height: none; } nav { display: none; }
   .figure, tr { break-inside: avoid; } }
 """

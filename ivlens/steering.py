@@ -220,7 +220,7 @@ def generate(
     mode: str = "sum",
     max_new_tokens: int = 10,
     stop: str | None = "\n",
-    batch_size: int = 16,
+    batch_size: int = 64,
 ) -> Generations:
     """Greedy continuations without the vector, with it, and with it subtracted.
 

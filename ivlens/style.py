@@ -17,6 +17,42 @@ from ivlens.vectors import Head
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = [
+    "DIVERGING",
+    "FAINT",
+    "GRID",
+    "INK",
+    "MARK",
+    "RDBU",
+    "SEQUENTIAL",
+    "bare",
+    "colorbar",
+    "condition_colours",
+    "counted",
+    "diverging",
+    "escaped",
+    "finish",
+    "grid_axes",
+    "heatmap",
+    "hover_heads",
+    "label_width",
+    "legend_above",
+    "legend_lines",
+    "map_size",
+    "numbers",
+    "outline",
+    "percent",
+    "plain",
+    "sequential",
+    "signed",
+    "task_labels",
+    "tick_step",
+    "ticks",
+    "unit",
+    "which_tasks",
+    "with_minus",
+]
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK, FAINT, GRID, MARK = "#1f2328", "#59636e", "#e6e8eb", "#d55e00"
 
@@ -35,6 +71,9 @@ COLOURS = {
     "demonstrations": "#009e73",
 }
 MORE_COLOURS = ("#56b4e9", "#f0e442", "#000000", "#7b4fa3", "#8c6d31")
+
+# Buttons that would lie on the title; dragging zooms and a double click goes back.
+BUTTONS = ["zoom", "pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "resetScale", "sendChartToCloud"]
 
 UNITS = {
     "probability": "answer probability",
@@ -142,6 +181,7 @@ def finish(
         height=whole_height,
         margin={"l": left, "r": right, "t": top, "b": bottom},
         hoverlabel={"font_size": 13},
+        modebar={"remove": BUTTONS},
     )
     # A title of several lines has its first line's baseline at y.
     figure.update_layout(title={"x": 20 / whole, "xref": "container", "y": 1 - 32 / whole_height, "yref": "container"})

@@ -24,7 +24,7 @@ __all__ = ["InjectionSearch", "tune_injection"]
 
 @dataclass(frozen=True)
 class InjectionSearch:
-    """First-token accuracy for every layer and scale, with the vector and with a random one of the same norm.
+    """Accuracy (greedy decoding gives the answer) for every layer and scale, with the vector and with a random one of the same norm.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Exact suffix replay against one plain forward pass per head: one prompt at a time, no padding, no cache."""
+"""Exact suffix replay against plain forward passes with a head replaced: one prompt at a time, no padding, no cache."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ SINGLE = "0123456789!#$%&*+-/<=>@^_~"  # characters that are one token each, wha
 
 @torch.inference_mode()
 def reference(model, prompt, answer, replacement, position):
-    """Probability of each answer token [site, token]: unpatched, then with one head's output replaced after the other."""
-    prompt, answer = list(prompt), list(answer)
-    tokens = torch.tensor([prompt + answer[:-1]])
+    """Probability of each answer token [site, token]: unpatched, then with one head's output replaced after the other.
+
+    One forward pass per layer over the whole prompt and answer; row h of it has head h replaced.
+    """
+    n_heads = replacement.shape[1]
+    tokens = torch.tensor([[*prompt, *answer[:-1]]]).repeat(n_heads, 1)
     patched = position if position >= 0 else len(prompt) + position
 
     def run(hooks):
-        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-        chances = logits[0, len(prompt) - 1 :].float().softmax(-1)
-        return torch.stack([chances[i, token] for i, token in enumerate(answer)])
+        chances = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, len(prompt) - 1 :].float().softmax(-1)
+        return torch.stack([chances[:, i, token] for i, token in enumerate(answer)], dim=-1)
 
-    rows = [run([])]
-    for layer in range(replacement.shape[0]):
-        for head in range(replacement.shape[1]):
+    sites = [run([])[:1]]
+    for layer in range(len(replacement)):
 
-            def replace(z, hook, layer=layer, head=head):
-                z[0, patched, head] = replacement[layer, head]
-                return z
+        def replace(z, hook, layer=layer):
+            for head in range(n_heads):
+                z[head, patched, head] = replacement[layer, head]
+            return z
 
-            rows.append(run([(f"blocks.{layer}.attn.hook_z", replace)]))
-    return torch.stack(rows)
+        sites.append(run([(f"blocks.{layer}.attn.hook_z", replace)]))
+    return torch.cat(sites)
 
 
 @torch.inference_mode()
@@ -89,12 +91,20 @@ def test_replay_equals_one_forward_pass_per_head(load, name, position):
     assert max(differences(model, prompts, replacement_for(model), position)) <= 1e-5
 
 
-@pytest.mark.parametrize("position", [-1, -3])
+@pytest.mark.parametrize("tails", [(7, 7, 7), (4, 7, 7, 11)], ids=["equal lengths", "different lengths"])
 @pytest.mark.parametrize("name", REPLAYED)
-def test_prompts_sharing_their_beginning_equal_single_prompts(load, name, position):
+def test_prompts_sharing_their_beginning_equal_single_prompts(load, monkeypatch, name, tails):
     model = load(name)
-    prompts = prompts_with_a_common_beginning(4, 7, 7, 11)
-    assert max(differences(model, prompts, replacement_for(model), position)) <= 1e-5
+    backend, used = type(backend_of(model)), []
+    read_prefix = backend.read_prefix
+
+    def watched(self, tokens, mask, **options):
+        used.append(options.get("shared") is not None)
+        return read_prefix(self, tokens, mask, **options)
+
+    monkeypatch.setattr(backend, "read_prefix", watched)
+    assert max(differences(model, prompts_with_a_common_beginning(*tails), replacement_for(model), -3)) <= 1e-5
+    assert any(used) == (len(set(tails)) == 1), "shared where nothing is padded"
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 60])

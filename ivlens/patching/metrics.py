@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = ["METRICS", "measure"]
 
+WHOLE_ANSWER = ("log_probability", "accuracy")  # the others look at its first token only
 METRICS = ("probability", "log_probability", "logit", "logit_difference", "accuracy")
 
 
@@ -18,19 +19,20 @@ def measure(
     answer_mask: Bool[Tensor, "batch answer"],
     distractors: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch copy"]:
-    """Score of each copy's logits for its prompt's answer.
+    """Score of each copy's logits for its prompt's answer, computed in float32.
 
-    `probability` and `logit` are of the answer's first token, `accuracy` is 1 where that token is ranked first, `logit_difference` is that logit minus the distractor's,
-    `log_probability` is the whole answer's, teacher-forced and summed over its tokens (nats). Computed in float32.
+    `probability` and `logit` are of the answer's first token; `logit_difference` is that logit minus the distractor's. Of the
+    whole answer, teacher-forced: `log_probability` is summed over its tokens (nats), `accuracy` is 1 where every one of them
+    is ranked first, which is where greedy decoding gives the answer.
     """
     index = answers[:, None, :, None].expand(-1, logits.shape[1], -1, 1)
+    if metric == "accuracy":
+        return ((logits.argmax(-1) == index[..., 0]) | ~answer_mask[:, None]).all(-1).float()
     if metric != "log_probability":
         first = logits[:, :, 0].float()
         chosen = first.gather(-1, index[:, :, 0])[..., 0]
         if metric == "logit":
             return chosen
-        if metric == "accuracy":
-            return (first.argmax(-1) == index[:, :, 0, 0]).float()
         if metric == "logit_difference":
             if distractors is None:
                 raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ivlens.models.backends import Backend, Prefix
-from ivlens.patching.metrics import measure
+from ivlens.patching.metrics import WHOLE_ANSWER, measure
 from ivlens.prompts import TokenizedPrompt, pad_left
 
 __all__ = ["Sites", "Sweep", "Swept"]
@@ -107,7 +107,7 @@ class Sweep:
         self.distractors, self.checked = distractors, checked
         self.max_rows = max_rows or (512 if backend.device.type == "cpu" else 16_384)
         # A first answer token needs no answer tokens in the input.
-        self.scored = [p.answer if metric == "log_probability" else p.answer[:1] for p in prompts]
+        self.scored = [p.answer if metric in WHOLE_ANSWER else p.answer[:1] for p in prompts]
         self.from_end = [_from_end(p.prompt, position, i) for i, p in enumerate(prompts)]
 
     def run(self, todo: Sequence[int] | None = None) -> Iterator[Swept]:
