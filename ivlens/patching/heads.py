@@ -113,7 +113,7 @@ def head_effects(
     method
         `auto` takes exact suffix replay if it passes its self-check, else one forward pass per head (with a warning).
     max_rows
-        Bound on the packed sequence, halved when memory runs out (default 512 rows on a CPU, 16,384 on a GPU).
+        Bound on the packed sequence, halved when memory runs out (default 1,536 rows on a CPU, 16,384 on a GPU).
     folder
         Where to keep what is done, so that an interrupted sweep goes on there.
     """
@@ -246,6 +246,7 @@ def locate_heads(
             broken = _counterfactual(clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed)
             wrong = _distractors(broken, task) if metric == "logit_difference" else None
             sweep = _sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
+            sweep.checked = bool(values)  # once for all tasks
             scores, baseline = _collect(sweep, folder, progress=progress and len(suite) == 1)
             values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
             baselines.append(baseline)

@@ -105,7 +105,7 @@ class Sweep:
         self.backend, self.prompts, self.sites, self.metric = backend, prompts, sites, metric
         self.method = "replay" if checked and method == "auto" else method
         self.distractors, self.checked = distractors, checked
-        self.max_rows = max_rows or (512 if backend.device.type == "cpu" else 16_384)
+        self.max_rows = max_rows or (1536 if backend.device.type == "cpu" else 16_384)
         # A first answer token needs no answer tokens in the input.
         self.scored = [p.answer if metric in WHOLE_ANSWER else p.answer[:1] for p in prompts]
         self.from_end = [_from_end(p.prompt, position, i) for i, p in enumerate(prompts)]
@@ -117,20 +117,21 @@ class Sweep:
             return
         # Neighbours in length share a batch, so that little is spent on padding.
         remaining.sort(key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
-        while self.method != "full" and not self.checked:
-            try:
-                self._choose(remaining[0])
-            except RuntimeError as error:
-                self._make_room(error, self.from_end[remaining[0]])
-        shared = self._shared(remaining)
+        shared = self._shared(remaining) if self.checked else None
         while remaining:
             batch = self._batch(remaining[: self._batch_size(remaining[0])])
             try:
-                swept = self._replay(batch, shared) if self.method == "replay" else self._full(batch)
+                if self.method == "full":
+                    swept = self._full(batch)
+                elif not self.checked:
+                    swept, shared = self._checked_replay(batch, remaining)
+                else:
+                    swept = self._replay(batch, shared)
             except RuntimeError as error:
                 self._make_room(error, batch.block)
                 continue
-            remaining = [i for i in remaining if i not in set(batch.index)]
+            done = set(batch.index)
+            remaining = [i for i in remaining if i not in done]
             yield swept
 
     def _make_room(self, error: RuntimeError, block: int) -> None:
@@ -155,6 +156,8 @@ class Sweep:
             sites = list(range(start, min(start + per_pass, n_sites)))
             logits = self._run_copies(prefix, sites, batch)
             values[:, sites] = self._score(logits, batch).cpu()
+            if not self.checked and self._probe in sites:
+                self._probed = logits[0, sites.index(self._probe)].clone()
         return Swept(batch.index, values, baseline.cpu())
 
     def _run_copies(self, prefix: Prefix, sites: list[int], batch: Batch) -> Tensor:
@@ -216,33 +219,35 @@ class Sweep:
     def _tolerance(self) -> float:
         return 1e-4 if next(self.backend.model.parameters()).dtype == torch.float32 else 5e-2
 
-    def _choose(self, prompt: int) -> None:
-        reason = self._check(prompt)
-        if reason is not None and self.method == "replay":
-            raise ReplayError(f"exact replay can't serve this model ({reason}); pass method='full' or 'auto'")
-        if reason is not None:
-            warnings.warn(f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=4)
-        self.method, self.checked = "replay" if reason is None else "full", True
+    @property
+    def _probe(self) -> int:
+        """The patch that is compared: low enough to pass through most layers, with many copies before it."""
+        return len(self.sites.layers) // 3
 
-    def _check(self, prompt: int) -> str | None:
-        """Compare two patches of one prompt with full forward passes; the reason against replay, or None."""
-        batch = self._batch([prompt])
-        sites = [0, len(self.sites.layers) // 2]
-        # Many copies before the ones compared: models whose attention depends on where a copy stands (ALiBi) show it there.
-        before = [0] * max(min(30, self.max_rows // batch.block - 3), 0)
+    def _checked_replay(self, batch: Batch, remaining: Sequence[int]) -> tuple[Swept, Prefix | None]:
+        """The first batch, one of its patches compared with a full forward pass; decides how the sweep goes on."""
         try:
+            shared = self._shared(remaining)
+            swept = self._replay(batch, shared)
+            alone = self._batch(batch.index[:1])
             with torch.inference_mode():
-                prefix = self.backend.read_prefix(batch.tokens, batch.mask, block=batch.block, keep=batch.keep)
-                replayed = self._run_copies(prefix, before + sites, batch)[:, len(before) :]
-                plain = torch.stack([self._forward(batch, site) for site in sites], dim=1)
+                plain = self._forward(alone, self._probe)[0]
+            difference = _probability_difference(self._probed[: alone.keep], plain)
+            reason = None if difference <= self._tolerance else f"a replayed patch differs by {difference:.1e} in probability"
         except ReplayError as error:
-            return str(error)
+            reason = str(error)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
             if _out_of_memory(error) or "didn't fire" in str(error):
                 raise
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-        difference = _probability_difference(replayed, plain)
-        return None if difference <= self._tolerance else f"a replayed patch differs by {difference:.1e} in probability"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if reason is not None and self.method == "replay":
+            raise ReplayError(f"exact replay can't serve this model ({reason}); pass method='full' or 'auto'")
+        self.checked = True
+        self.method = "replay" if reason is None else "full"
+        if reason is None:
+            return swept, shared
+        warnings.warn(f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=4)
+        return self._full(batch), None
 
     # -- batches ----------------------------------------------------------------------------------------------------
     def _batch_size(self, first: int) -> int:
