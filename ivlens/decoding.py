@@ -49,22 +49,24 @@ def complete(
     max_new_tokens
         How far to decode; None scores the prompts' answers only.
     """
+    hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         batch = [rows[i] for i in index]
         tokens, mask = pad_left([r.prompt for r in batch], batch[0].prompt[0], backend.device)
-        plain = _read(backend, tokens, mask)
+        # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
+        plain = None if hooked else _read(backend, tokens, mask)
         for name, injection in injections.items():
-            everywhere = injection is not None and injection.positions == "all"
+            everywhere = injection is not None and injection.positions == "all" and not hooked
             cache = _read(backend, tokens, mask, injection) if everywhere else plain
             if batch[0].answer:
-                first, log_probability = _score(backend, batch, tokens, mask, _fork(cache), injection)
+                first, log_probability = _score(_Run(backend, tokens, mask, cache, injection), batch)
                 for i, f, lp in zip(index, first, log_probability):
                     done[name].first_token[i], done[name].log_probability[i] = f, lp
             if max_new_tokens:
-                texts = _decode(backend, tokens, mask, _fork(cache), injection, max_new_tokens, stop)
+                texts = _decode(_Run(backend, tokens, mask, cache, injection), max_new_tokens, stop)
                 for i, text in zip(index, texts):
                     done[name].texts[i] = text
             if bar is not None:
@@ -77,24 +79,22 @@ def _read(backend: Backend, tokens: Tensor, mask: Tensor, injection: Injection |
     if tokens.shape[1] == 1:
         return None
     cache = backend.new_cache(tokens.shape[0])
-    with _injected(backend, injection, everywhere=True):
+    with _injected(backend, injection, slice(None)):
         backend.forward(tokens[:, :-1], mask[:, :-1], cache=cache)
     return cache
 
 
-def _fork(cache: Any) -> Any:
-    return copy.deepcopy(cache)
-
-
 @contextmanager
-def _injected(backend: Backend, injection: Injection | None, *, everywhere: bool) -> Iterator[None]:
-    """Add to every position of the forward passes inside, or to the first position only."""
-    if injection is None:
+def _injected(backend: Backend, injection: Injection | None, columns: slice | None) -> Iterator[None]:
+    """Add to these positions of the forward passes inside (None for none)."""
+    if injection is None or columns is None:
         yield
         return
 
     def add(x: Tensor, vector: Tensor) -> Tensor:
-        return x + vector if everywhere else torch.cat([x[:, :1] + vector, x[:, 1:]], dim=1)
+        x = x.clone()
+        x[:, columns] += vector
+        return x
 
     fired: set[int] = set()
     with backend.model.hooks(fwd_hooks=injection.hooks(backend, add, fired)):
@@ -103,38 +103,48 @@ def _injected(backend: Backend, injection: Injection | None, *, everywhere: bool
         raise RuntimeError(f"nothing was injected after layer(s) {sorted(set(injection.additions) - fired)}")
 
 
-def _score(
-    backend: Backend, batch: Sequence[TokenizedPrompt], tokens: Tensor, mask: Tensor, cache: Any, injection: Injection | None
-) -> tuple[list[float], list[float]]:
-    """First-token hit and log-probability of each answer, teacher-forced from the last prompt token on."""
-    longest = max(len(r.answer) for r in batch)
-    device = tokens.device
+class _Run:
+    """A batch of prompts about to be continued, from a cache of all but their last token or from nothing."""
+
+    def __init__(self, backend: Backend, tokens: Tensor, mask: Tensor, cache: Any, injection: Injection | None):
+        self.backend, self.mask, self.injection = backend, mask, injection
+        self.fed = tokens if cache is None else tokens[:, -1:]
+        self.cache = backend.new_cache(len(tokens)) if cache is None else copy.deepcopy(cache)
+
+    def first(self) -> Tensor:
+        """Logits after the prompt, [batch 1 d_vocab]."""
+        everywhere = self.injection is not None and self.injection.positions == "all"
+        with _injected(self.backend, self.injection, slice(None) if everywhere else slice(self.fed.shape[1] - 1, None)):
+            return self.backend.forward(self.fed, self.mask, cache=self.cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after one more token, [batch 1 d_vocab]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        last_only = self.injection is not None and self.injection.positions == "last"
+        with _injected(self.backend, self.injection, None if last_only else slice(None)):
+            return self.backend.forward(tokens, self.mask, cache=self.cache)
+
+
+def _score(run: _Run, batch: Sequence[TokenizedPrompt]) -> tuple[list[float], list[float]]:
+    """First-token hit and log-probability of each answer, teacher-forced."""
+    longest, device = max(len(r.answer) for r in batch), run.fed.device
     answers = torch.tensor([r.answer + r.answer[-1:] * (longest - len(r.answer)) for r in batch], device=device)
     counted = torch.tensor([[j < len(r.answer) for j in range(longest)] for r in batch], device=device)
-    fed = torch.cat([tokens[:, -1:], answers[:, :-1]], dim=1)
-    seen = torch.cat([mask, mask.new_ones(len(batch), longest - 1)], dim=1)
-    with _injected(backend, injection, everywhere=injection is not None and injection.positions != "last"):
-        logits = backend.forward(fed, seen, cache=cache or backend.new_cache(len(batch)), keep=longest).float()
+    steps = [run.first(), *(run.step(answers[:, j : j + 1]) for j in range(longest - 1))]
+    logits = torch.cat(steps, dim=1).float()
     first = (logits[:, 0].argmax(-1) == answers[:, 0]).float().tolist()
     per_token = logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)
     return first, torch.where(counted, per_token, 0.0).sum(-1).tolist()
 
 
-def _decode(
-    backend: Backend, tokens: Tensor, mask: Tensor, cache: Any, injection: Injection | None, max_new_tokens: int, stop: str | None
-) -> list[str]:
-    tokenizer = backend.tokenizer
+def _decode(run: _Run, max_new_tokens: int, stop: str | None) -> list[str]:
+    tokenizer, rows = run.backend.tokenizer, len(run.fed)
     ends = set(_as_list(tokenizer.eos_token_id))
-    written: list[list[int]] = [[] for _ in range(len(tokens))]
-    texts, open_rows = [""] * len(tokens), set(range(len(tokens)))
-    cache = cache or backend.new_cache(len(tokens))
-    last = tokens[:, -1:]
+    written: list[list[int]] = [[] for _ in range(rows)]
+    texts, open_rows = [""] * rows, set(range(rows))
+    logits = run.first()
     for step in range(max_new_tokens):
-        here = injection if step == 0 or injection is None or injection.positions != "last" else None
-        with _injected(backend, here, everywhere=True):
-            logits = backend.forward(last, mask, cache=cache)
         last = logits[:, -1].argmax(-1, keepdim=True)
-        mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
         for row in sorted(open_rows):
             token = int(last[row, 0])
             if token in ends:
@@ -143,10 +153,12 @@ def _decode(
             written[row].append(token)
             texts[row] = tokenizer.decode(written[row])
             if stop and stop in texts[row].lstrip():
-                texts[row] = texts[row][: len(texts[row]) - len(texts[row].lstrip())] + texts[row].lstrip().split(stop)[0]
+                lead = len(texts[row]) - len(texts[row].lstrip())
+                texts[row] = texts[row][:lead] + texts[row].lstrip().split(stop)[0]
                 open_rows.discard(row)
-        if not open_rows:
+        if not open_rows or step == max_new_tokens - 1:
             break
+        logits = run.step(last)
     return texts
 
 

@@ -59,8 +59,8 @@ def test_evaluate_writes_scores(folder, tmp_path):
 
 
 def test_tasks_lists_and_shows():
-    assert "country_capital" in run("tasks")
-    assert "antonym" in run("tasks", "antonym")
+    assert "antonym" in run("tasks")
+    assert "opposite" in run("tasks", "antonym")
 
 
 def test_models_names_the_built_in_one():

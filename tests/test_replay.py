@@ -205,7 +205,7 @@ def test_a_replay_that_goes_wrong_later_is_noticed(model, monkeypatch):
 
     monkeypatch.setattr(backend, "run_copies", wrong_from_the_second_time)
     with pytest.raises(RuntimeError, match="differs from the forward pass"):
-        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model))
+        head_effects(model, tiny.tokens(6, 7), ["7"] * 2, replacement_for(model), max_rows=13)  # one prompt a batch
 
 
 def test_the_model_is_as_before_after_replay(model):

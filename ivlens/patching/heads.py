@@ -144,6 +144,8 @@ def _sweep_heads(
     tokenized = tokenize(backend, prompts, answers)
     if not all(t.answer for t in tokenized):
         raise ValueError("answers are needed to measure an effect; pass one text per prompt")
+    if metric == "logit_difference" and distractors is None:
+        raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
     wrong = None if distractors is None else [t.answer[0] for t in tokenize(backend, prompts, distractors)]
     heads = [(layer, head) for layer in range(backend.n_layers) for head in range(backend.n_heads)]
     replacement = replacement.to(backend.device)
@@ -182,11 +184,12 @@ def _fingerprint(sweep: Sweep) -> str:
     probe = torch.zeros(1, len(sweep.sites.layers), backend.n_heads, backend.d_head, device=backend.device)
     for site, layer in enumerate(sweep.sites.layers):
         sweep.sites.write(layer, [site], probe[:, site : site + 1])
-    weights = next(backend.model.parameters()).detach().flatten()[:4096].float().cpu()
     text = repr((backend.name, backend.signature, sweep.prompts, sweep.metric, sweep.from_end, sweep.distractors))
     digest = hashlib.sha256(text.encode())
     digest.update(probe.cpu().numpy().tobytes())
-    digest.update(weights.numpy().tobytes())
+    for weight in backend.model.parameters():  # some of every tensor: fine-tuning may leave any of them alone
+        some = weight.detach().flatten()
+        digest.update(some[:: max(len(some) // 64, 1)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -236,7 +239,7 @@ def locate_heads(
     suite = as_suite(tasks)
     backend = backend_of(model)
     check_metric(metric)
-    values, baselines, names = [], [], []
+    values, baselines, names, checked = [], [], [], False
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
@@ -246,12 +249,12 @@ def locate_heads(
             broken = _counterfactual(clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed)
             wrong = _distractors(broken, task) if metric == "logit_difference" else None
             sweep = _sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
-            sweep.checked = bool(values)  # once for all tasks
+            sweep.checked = checked
             scores, baseline = _collect(sweep, folder, progress=progress and len(suite) == 1)
             values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
             baselines.append(baseline)
             names += [task.name] * n_prompts
-            method = sweep.method  # self-checked once
+            method, checked = sweep.method, sweep.checked  # self-checked once for all tasks
             bar.update()
     settings = {"shots": shots, "instruction": instruction, "style": style, "counterfactual": counterfactual, "seed": seed}
     return HeadEffects(
