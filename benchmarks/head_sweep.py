@@ -32,13 +32,27 @@ def main() -> None:
     options = arguments()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
-    model = random_llama(options.shape, options.device, dtype) if options.shape else load_model(
-        options.model, backend=options.backend, device=options.device, dtype=dtype
+    model = (
+        random_llama(options.shape, options.device, dtype)
+        if options.shape
+        else load_model(options.model, backend=options.backend, device=options.device, dtype=dtype)
     )
     backend = backend_of(model)
-    print(f"{backend.name}: {backend.n_layers} × {backend.n_heads} heads, {type(model).__name__}, {options.dtype}, "
-          f"{options.device}, {torch.get_num_threads()} threads, {options.prompts} prompt(s)")
-    header = ("tokens", "per head (s)", "helper (s)", "ours (s)", "÷ per head", "÷ helper", "largest Δp", "floor (s)", "floor ÷ ours")
+    print(
+        f"{backend.name}: {backend.n_layers} × {backend.n_heads} heads, {type(model).__name__}, {options.dtype}, "
+        f"{options.device}, {torch.get_num_threads()} threads, {options.prompts} prompt(s)"
+    )
+    header = (
+        "tokens",
+        "per head (s)",
+        "helper (s)",
+        "ours (s)",
+        "÷ per head",
+        "÷ helper",
+        "largest Δp",
+        "floor (s)",
+        "floor ÷ ours",
+    )
     print(" | ".join(f"{h:>12}" for h in header))
     for length in options.lengths:
         print(" | ".join(f"{cell:>12}" for cell in compare(model, backend, length, options)), flush=True)
@@ -55,7 +69,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3, help="of ours and of the floor; the median counts")
     parser.add_argument("--max-rows", type=int, default=None)
-    parser.add_argument("--slow-heads", type=int, default=None, help="only so many heads the slow ways, their time scaled up; default: all")
+    parser.add_argument(
+        "--slow-heads",
+        type=int,
+        default=None,
+        help="only so many heads the slow ways, their time scaled up; default: all",
+    )
     parser.add_argument("--skip-slow", action="store_true")
     return parser.parse_args()
 
@@ -64,16 +83,22 @@ def compare(model, backend, length: int, options: argparse.Namespace) -> list[st
     tokens = prompts_of(backend, options.prompts, length)
     answers = torch.tensor(backend.tokenizer.encode(ANSWER, add_special_tokens=False) * options.prompts)
     shape = (backend.n_layers, backend.n_heads, backend.d_head)
-    replacement = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(backend.device, tokens_dtype(model)) * 0.3
+    replacement = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(backend.device, tokens_dtype(model)) * 0.3
+    )
     ours = lambda: replay(model, tokens, replacement, options.max_rows)  # noqa: E731
     ours()  # warm-up
     seconds, values = median_time(ours, options.repeats, backend.device)
     floor = statistics.median(floor_work(model, backend, length, options.prompts) for _ in range(options.repeats))
     cells = [f"{length}", "", "", f"{seconds:.2f}", "", "", "", f"{floor:.2f}", f"{floor / seconds:.0%}"]
     if not options.skip_slow:
-        heads = [(layer, h) for layer in range(shape[0]) for h in range(shape[1])][:: max(1, shape[0] * shape[1] // (options.slow_heads or 10**9))]
+        heads = [(layer, h) for layer in range(shape[0]) for h in range(shape[1])][
+            :: max(1, shape[0] * shape[1] // (options.slow_heads or 10**9))
+        ]
         scale = shape[0] * shape[1] / len(heads)
-        each, reference = timed(lambda: one_forward_per_head(model, tokens, answers, replacement, heads), backend.device)
+        each, reference = timed(
+            lambda: one_forward_per_head(model, tokens, answers, replacement, heads), backend.device
+        )
         helper, also = timed(lambda: library_helper(model, tokens, answers, replacement, heads), backend.device)
         index = [layer * shape[1] + h for layer, h in heads]
         baseline = one_forward_per_head(model, tokens, answers, None, [(0, 0)])
@@ -85,7 +110,9 @@ def compare(model, backend, length: int, options: argparse.Namespace) -> list[st
 
 def replay(model, tokens: Tensor, replacement: Tensor, max_rows: int | None) -> Tensor:
     """Effects on the answer's probability, [prompt, layer · head]."""
-    return head_effects(model, list(tokens), [ANSWER] * len(tokens), replacement, method="replay", max_rows=max_rows).flatten(1)
+    return head_effects(
+        model, list(tokens), [ANSWER] * len(tokens), replacement, method="replay", max_rows=max_rows
+    ).flatten(1)
 
 
 @torch.inference_mode()
@@ -119,7 +146,9 @@ def library_helper(model, tokens, answers, replacement, heads: Sequence[tuple[in
     for i in range(len(tokens)):  # its metric is one number per forward pass
         frame = pd.DataFrame(heads, columns=["layer", "head"])
         metric = lambda logits, i=i: probability(logits, answers[i : i + 1])[0]  # noqa: E731
-        columns.append(patching.generic_activation_patch(model, tokens[i : i + 1], cache, metric, setter, "z", index_df=frame))
+        columns.append(
+            patching.generic_activation_patch(model, tokens[i : i + 1], cache, metric, setter, "z", index_df=frame)
+        )
     return torch.stack(columns).cpu()
 
 
@@ -144,7 +173,9 @@ def floor_work(model, backend, length: int, prompts: int) -> float:
     # One buffer of each kind, cut to size: making the inputs is not part of the floor. All prompts in one product.
     most = prompts * max(length, backend.n_layers * heads + 1)
     buffers = {n: torch.empty(most, n, device=device, dtype=dtype).normal_() for n in (d, width, cfg.d_mlp)}
-    queries = torch.empty(prompts, heads, max(length, backend.n_layers * heads), backend.d_head, device=device, dtype=dtype).normal_()
+    queries = torch.empty(
+        prompts, heads, max(length, backend.n_layers * heads), backend.d_head, device=device, dtype=dtype
+    ).normal_()
     keys = torch.empty(prompts, heads, length, backend.d_head, device=device, dtype=dtype).normal_()
 
     def layer(rows_attention: int, rows_mlp: int) -> None:
@@ -179,7 +210,9 @@ def random_llama(shape: str, device: str, dtype: torch.dtype):
 
     from ivlens.models.smollm2 import smollm2_folder
 
-    config = LlamaConfig()  # its defaults are Llama-2-7B's: 32 layers, 32 heads, d_model 4096, d_mlp 11008, 32,000 tokens
+    config = (
+        LlamaConfig()
+    )  # its defaults are Llama-2-7B's: 32 layers, 32 heads, d_model 4096, d_mlp 11008, 32,000 tokens
     with torch.device(device):
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -187,7 +220,13 @@ def random_llama(shape: str, device: str, dtype: torch.dtype):
             hf_model = LlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(previous)
-    return load_model(hf_model, tokenizer=AutoTokenizer.from_pretrained(smollm2_folder()), device=device, dtype=dtype, backend="bridge")
+    return load_model(
+        hf_model,
+        tokenizer=AutoTokenizer.from_pretrained(smollm2_folder()),
+        device=device,
+        dtype=dtype,
+        backend="bridge",
+    )
 
 
 def timed(work: Callable, device: torch.device) -> tuple[float, object]:

@@ -35,7 +35,9 @@ def main() -> None:
     vectors = {name: ivl.extract_vector(model, capable[name], heads) for name in capable}
     for goal, shots in (("induce", 0), ("suppress", 10)):
         searches = {
-            name: ivl.tune_injection(model, capable[name], vector, goal=goal, shots=shots, layers=range(0, 30, 2), n_prompts=25)
+            name: ivl.tune_injection(
+                model, capable[name], vector, goal=goal, shots=shots, layers=range(0, 30, 2), n_prompts=25
+            )
             for name, vector in vectors.items()
         }
         for search in searches.values():

@@ -22,13 +22,14 @@ _HOME = {
     "locate_heads": "ivlens.patching.heads",
     "HeadEffects": "ivlens.patching.effects",
     "Head": "ivlens.vectors",
-    "extract_vector": "ivlens.vectors",
+    "extract_vector": "ivlens.extraction",
     "InstructionVector": "ivlens.vectors",
     "inject": "ivlens.steering",
     "generate": "ivlens.steering",
     "tune_injection": "ivlens.tuning",
     "evaluate": "ivlens.evaluation",
     "Evaluation": "ivlens.evaluation",
+    "Section": "ivlens.report",
     "write_report": "ivlens.report",
 }
 
@@ -38,7 +39,19 @@ __all__ = [*_HOME, "patching", "__version__"]
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("patching", "models", "tasks", "prompts", "vectors", "steering", "evaluation", "plots", "report", "tuning"):
+    if name in (
+        "patching",
+        "models",
+        "tasks",
+        "prompts",
+        "vectors",
+        "steering",
+        "evaluation",
+        "plots",
+        "report",
+        "tuning",
+        "decoding",
+    ):
         return importlib.import_module(f"ivlens.{name}")
     raise AttributeError(f"module 'ivlens' has no attribute {name!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,15 +23,19 @@ app = typer.Typer(
 
 ModelName = Annotated[str, typer.Option("--model", "-m", help="smollm2, a hub id, a folder or a .gguf file")]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, bridge or hooked")]
-Adapter = Annotated[Optional[str], typer.Option("--adapter", help="A PEFT adapter to put on the model")]
-Device = Annotated[Optional[str], typer.Option("--device", help="cpu, cuda, cuda:1, …")]
-TaskNames = Annotated[Optional[list[str]], typer.Option("--task", "-t", help="A built-in task; may be given several times")]
-TaskFile = Annotated[Optional[Path], typer.Option("--file", help="Your own task: .jsonl, .json or .csv with input and output")]
-Told = Annotated[Optional[str], typer.Option("--instruction", help="What the task in --file asks for")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter to put on the model")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
+TaskNames = Annotated[
+    list[str] | None, typer.Option("--task", "-t", help="A built-in task; may be given several times")
+]
+TaskFile = Annotated[
+    Path | None, typer.Option("--file", help="Your own task: .jsonl, .json or .csv with input and output")
+]
+Told = Annotated[str | None, typer.Option("--instruction", help="What the task in --file asks for")]
 Shots = Annotated[int, typer.Option("--shots", help="Demonstrations in each prompt")]
 Style = Annotated[str, typer.Option("--style", help="qa, plain or chat")]
-Layer = Annotated[Optional[int], typer.Option("--layer", help="After which layer to inject; default: the vector's own")]
-Scale = Annotated[Optional[float], typer.Option("--scale", help="Strength; negative subtracts")]
+Layer = Annotated[int | None, typer.Option("--layer", help="After which layer to inject; default: the vector's own")]
+Scale = Annotated[float | None, typer.Option("--scale", help="Strength; negative subtracts")]
 Seed = Annotated[int, typer.Option("--seed")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results")]
 
@@ -58,10 +62,12 @@ def locate(
     shots: Shots = 10,
     style: Style = "qa",
     counterfactual: Annotated[str, typer.Option(help="How the instruction is destroyed")] = "shuffled_labels",
-    metric: Annotated[str, typer.Option(help="probability, log_probability, logit or logit_difference")] = "probability",
+    metric: Annotated[
+        str, typer.Option(help="probability, log_probability, logit or logit_difference")
+    ] = "probability",
     n_prompts: Annotated[int, typer.Option(help="Prompts per task")] = 25,
     top: Annotated[int, typer.Option(help="Heads to print")] = 10,
-    max_rows: Annotated[Optional[int], typer.Option(help="Bound on the packed sequence")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Bound on the packed sequence")] = None,
     seed: Seed = 0,
     out: Out = Path("heads"),
 ) -> None:
@@ -94,7 +100,9 @@ def locate(
 
 @app.command()
 def extract(
-    heads: Annotated[Path, typer.Option("--heads", help="effects.safetensors of `ivlens locate`")] = Path("heads/effects.safetensors"),
+    heads: Annotated[Path, typer.Option("--heads", help="effects.safetensors of `ivlens locate`")] = Path(
+        "heads/effects.safetensors"
+    ),
     model: ModelName = "smollm2",
     backend: BackendName = "auto",
     adapter: Adapter = None,
@@ -115,10 +123,10 @@ def extract(
 
     rows = []
     with _readable_errors():
+        from ivlens.extraction import extract_vector
         from ivlens.patching import HeadEffects
         from ivlens.report import Section, write_report
         from ivlens.tuning import tune_injection
-        from ivlens.vectors import extract_vector
 
         suite, chosen = _tasks(task, file, instruction), HeadEffects.load(heads).top(top)
         hooked, sections = _load(model, backend, adapter, device), []
@@ -174,7 +182,7 @@ def steer(
 
 @app.command()
 def evaluate(
-    vectors: Annotated[Optional[Path], typer.Option("--vectors", help="Folder that `ivlens extract` wrote")] = None,
+    vectors: Annotated[Path | None, typer.Option("--vectors", help="Folder that `ivlens extract` wrote")] = None,
     model: ModelName = "smollm2",
     backend: BackendName = "auto",
     adapter: Adapter = None,
@@ -184,12 +192,12 @@ def evaluate(
     instruction: Told = None,
     shots: Shots = 0,
     style: Style = "qa",
-    reference_shots: Annotated[Optional[int], typer.Option(help="Also score prompts with this many demonstrations")] = 10,
+    reference_shots: Annotated[int | None, typer.Option(help="Also score prompts with this many demonstrations")] = 10,
     layer: Layer = None,
     scale: Scale = None,
     mode: Annotated[str, typer.Option(help="sum or heads")] = "sum",
     positions: Annotated[str, typer.Option(help="last, generated or all")] = "last",
-    n_prompts: Annotated[Optional[int], typer.Option(help="Test prompts per task; default: all")] = None,
+    n_prompts: Annotated[int | None, typer.Option(help="Test prompts per task; default: all")] = None,
     seed: Seed = 0,
     out: Out = Path("evaluation"),
 ) -> None:
@@ -224,7 +232,7 @@ def evaluate(
 
 
 @app.command()
-def tasks(name: Annotated[Optional[str], typer.Argument(help="One task, to see its examples")] = None) -> None:
+def tasks(name: Annotated[str | None, typer.Argument(help="One task, to see its examples")] = None) -> None:
     """List the built-in tasks, or show one."""
     with _readable_errors():
         from ivlens.tasks import load_tasks
@@ -248,9 +256,15 @@ def models() -> None:
     from ivlens.models.loading import BUILT_IN
     from ivlens.models.smollm2 import cache_folder
 
-    _say(f"Built in, offline: [bold]{', '.join(BUILT_IN)}[/bold] (SmolLM2-135M-Instruct, converted once to {cache_folder()})")
-    _say("Any hub id or local folder that transformer-lens hooks, a .gguf file, and from Python any Hugging Face or PEFT model")
-    _say(f"transformer-lens {version('transformer-lens')}, transformers {version('transformers')}, torch {version('torch')}")
+    _say(
+        f"Built in, offline: [bold]{', '.join(BUILT_IN)}[/bold] (SmolLM2-135M-Instruct, converted once to {cache_folder()})"
+    )
+    _say(
+        "Any hub id or local folder that transformer-lens hooks, a .gguf file, and from Python any Hugging Face or PEFT model"
+    )
+    _say(
+        f"transformer-lens {version('transformer-lens')}, transformers {version('transformers')}, torch {version('torch')}"
+    )
 
 
 # -- shared ---------------------------------------------------------------------------------------------------------------
@@ -301,5 +315,7 @@ def _table(frame: pd.DataFrame, title: str) -> None:
     for column in frame.columns:
         table.add_column(str(column), justify="right" if frame[column].dtype.kind in "fi" else "left", overflow="fold")
     for row in frame.itertuples(index=False):
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else escape(repr(x)[1:-1] if "\n" in str(x) else str(x)) for x in row))
+        table.add_row(
+            *(f"{x:.3g}" if isinstance(x, float) else escape(repr(x)[1:-1] if "\n" in str(x) else str(x)) for x in row)
+        )
     Console().print(table)

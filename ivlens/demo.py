@@ -10,14 +10,15 @@ from time import perf_counter
 from typing import Any
 
 from ivlens.evaluation import Evaluation, evaluate
+from ivlens.extraction import extract_vector
 from ivlens.patching import HeadEffects, locate_heads
 from ivlens.plots import plot_similarity
 from ivlens.prompts import build_prompts
-from ivlens.report import Section, write_report
+from ivlens.report import Section, write_figure, write_report
 from ivlens.steering import Generations, generate
 from ivlens.tasks import TaskSuite, load_tasks
 from ivlens.tuning import InjectionSearch, tune_injection
-from ivlens.vectors import InstructionVector, extract_vector
+from ivlens.vectors import InstructionVector
 
 __all__ = ["DEMO_TASKS", "run_demo"]
 
@@ -48,6 +49,7 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
         scores.save(out / "evaluation.json")
     with _timed("generate", seconds):
         steered = _side_by_side(model, vectors)
+    _draw(effects, out / "heatmap.png")
     (out / "seconds.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
     return _report(out, effects, searches, vectors, scores, steered)
 
@@ -66,9 +68,22 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
     for task in tqdm(tasks.values(), desc="vectors"):
         vector = extract_vector(model, task, heads, n_prompts=20, seed=seed)
         searches[task.name] = tune_injection(
-            model, task, vector, layers=range(0, vector.metadata["signature"]["n_layers"], 2), scales=(1.0, 2.0, 3.0), n_prompts=20
+            model,
+            task,
+            vector,
+            layers=range(0, vector.metadata["signature"]["n_layers"], 2),
+            scales=(1.0, 2.0, 3.0),
+            n_prompts=20,
         )
     return searches
+
+
+def _draw(effects: HeadEffects, path: Path) -> None:
+    """The heatmap as a picture, where a browser is there to draw it."""
+    try:
+        write_figure(effects.plot(), path)
+    except RuntimeError:
+        path.unlink(missing_ok=True)  # the report has it anyway
 
 
 def _side_by_side(model: Any, vectors: dict[str, InstructionVector]) -> dict[str, Generations]:
@@ -93,7 +108,9 @@ def _report(
             "Which heads carry an instruction",
             "Each cell: how much the right answer's probability rises when that head's output is replaced by its mean over "
             f"prompts that show the task, in prompts whose demonstrations are shuffled. {len(effects.tasks)} prompts of "
-            f"{len(effects.task_names)} tasks. A prompt, before shuffling: {example.render()!r}",
+            f"{len(effects.task_names)} tasks. Such a prompt, before shuffling, is:\n\n{example.render()}".replace(
+                "\n\nQ", "\nQ"
+            ),
             [effects.plot(), effects.plot("tasks"), effects.plot("stderr"), effects.to_dataframe().head(10)],
         ),
         Section(
@@ -109,13 +126,20 @@ def _report(
         Section(
             "How well it works",
             "Zero-shot accuracy on the test split (60 prompts per task), with each vector's controls; bars are 95 % intervals.",
-            [scores.plot("exact_match"), scores.plot("first_token"), scores.gains("exact_match"), scores.to_dataframe()],
+            [
+                scores.plot("exact_match"),
+                scores.plot("first_token"),
+                scores.gains("exact_match"),
+                scores.to_dataframe(),
+            ],
         ),
     ]
     summary = _summary(scores)
     return write_report(
         out / "report.html",
-        title="Instruction vectors in SmolLM2-135M-Instruct" if effects.metadata["model"] == "smollm2" else "Instruction vectors",
+        title="Instruction vectors in SmolLM2-135M-Instruct"
+        if effects.metadata["model"] == "smollm2"
+        else "Instruction vectors",
         summary=summary,
         sections=sections,
         about={key: str(value) for key, value in effects.metadata.items()},

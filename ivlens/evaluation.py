@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ivlens.decoding import complete
+from ivlens.extraction import extract_vector, random_vector
 from ivlens.models.backends import Backend, backend_of
 from ivlens.prompts import Prompt, build_prompts, tokenize
 from ivlens.statistics import bootstrap_mean, wilson
 from ivlens.steering import Injection
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
-from ivlens.vectors import Head, InstructionVector, extract_vector, random_vector
+from ivlens.vectors import Head, InstructionVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,13 +122,22 @@ class Evaluation:
 
     def _table(self) -> pd.DataFrame:
         frame = self.to_dataframe()
-        frame["shown"] = [f"{m:.1%} [{lo:.1%}, {hi:.1%}]" for m, lo, hi in zip(frame["mean"], frame["low"], frame["high"])]
+        frame["shown"] = [
+            f"{m:.1%} [{lo:.1%}, {hi:.1%}]" for m, lo, hi in zip(frame["mean"], frame["low"], frame["high"])
+        ]
         return frame.pivot(index=["task", "condition"], columns="metric", values="shown")[self.metrics].reindex(
-            [(t, c) for t in self.task_names for c in self.conditions if ((frame["task"] == t) & (frame["condition"] == c)).any()]
+            [
+                (t, c)
+                for t in self.task_names
+                for c in self.conditions
+                if ((frame["task"] == t) & (frame["condition"] == c)).any()
+            ]
         )
 
     def __repr__(self) -> str:
-        return f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)\n{self._table().to_string()}"
+        return (
+            f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)\n{self._table().to_string()}"
+        )
 
     def _repr_html_(self) -> str:
         return self._table().to_html()  # escapes
@@ -180,10 +190,16 @@ def evaluate(
     _check_names(metrics, METRICS, "metric")
     _check_names(controls, CONTROLS, "control")
     if isinstance(vectors, InstructionVector):
-        vectors = {name: vectors for name in suite}
+        vectors = dict.fromkeys(suite, vectors)
     if vectors is not None and (missing := [name for name in suite if name not in vectors]):
         raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
-    prompt_options: dict[str, Any] = {"instruction": instruction, "style": style, "split": split, "n": n_prompts, "seed": seed}
+    prompt_options: dict[str, Any] = {
+        "instruction": instruction,
+        "style": style,
+        "split": split,
+        "n": n_prompts,
+        "seed": seed,
+    }
     options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(suite), desc="evaluating", disable=not progress) as bar:
@@ -201,7 +217,12 @@ def evaluate(
             bar.update()
     import pandas as pd
 
-    metadata = {"model": backend.name, "shots": shots, **{k: v for k, v in prompt_options.items() if k != "n"}, **options}
+    metadata = {
+        "model": backend.name,
+        "shots": shots,
+        **{k: v for k, v in prompt_options.items() if k != "n"},
+        **options,
+    }
     return Evaluation(pd.DataFrame(rows), metadata)
 
 
@@ -219,7 +240,9 @@ def _score(
     generated = "exact_match" in metrics or "rouge_l" in metrics
     # Room for the longest right answer and the token that ends it.
     max_new_tokens = max(len(t.answer) for t in tokenized) + 1 if generated else None
-    done = complete(backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=prompts[0].stop, batch_size=batch_size)
+    done = complete(
+        backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=prompts[0].stop, batch_size=batch_size
+    )
     rouge = _rouge() if "rouge_l" in metrics else None
     rows = []
     for condition, result in done.items():

@@ -19,7 +19,16 @@ from ivlens.tasks.task import Example, Task
 if TYPE_CHECKING:
     from ivlens.models.backends import Backend
 
-__all__ = ["COUNTERFACTUALS", "STYLES", "Prompt", "TokenizedPrompt", "build_prompts", "counterfactual", "pad_left", "tokenize"]
+__all__ = [
+    "COUNTERFACTUALS",
+    "STYLES",
+    "Prompt",
+    "TokenizedPrompt",
+    "build_prompts",
+    "counterfactual",
+    "pad_left",
+    "tokenize",
+]
 
 STYLES = ("plain", "qa", "chat")
 
@@ -77,7 +86,9 @@ class Prompt:
 
     def _render_chat(self, tokenizer: Any) -> str:
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain' for this model")
+            raise ValueError(
+                "style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain' for this model"
+            )
         turns: list[dict[str, str]] = []
         lead = f"{self.instruction}\n\n" if self.instruction else ""
         for example in self.demonstrations:
@@ -159,7 +170,9 @@ def _instruction(task: Task, choice: bool | str | int, rng: random.Random) -> st
 def shuffled_labels(prompt: Prompt, rng: random.Random, others: Sequence[Task], tokenizer: Any) -> Prompt:
     """Demonstrations with permuted outputs (Function Vectors, arXiv 2310.15213; needs two demonstrations or more)."""
     if len(prompt.demonstrations) < 2:
-        raise ValueError("counterfactual='shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead")
+        raise ValueError(
+            "counterfactual='shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead"
+        )
     outputs = [x.output for x in prompt.demonstrations]
     rng.shuffle(outputs)
     return replace(prompt, demonstrations=tuple(replace(x, output=y) for x, y in zip(prompt.demonstrations, outputs)))
@@ -192,7 +205,9 @@ def random_text(prompt: Prompt, rng: random.Random, others: Sequence[Task], toke
     The demonstrations count as part of the instruction: they are replaced by text too.
     """
     told = replace(prompt, style="qa").render() if prompt.style == "chat" else prompt.render()
-    bare = replace(prompt, demonstrations=(), instruction=None, style="qa" if prompt.style == "chat" else prompt.style).render()
+    bare = replace(
+        prompt, demonstrations=(), instruction=None, style="qa" if prompt.style == "chat" else prompt.style
+    ).render()
     length = len(tokenizer.encode(told[: len(told) - len(bare)], add_special_tokens=False))
     ids = tokenizer.encode(_RANDOM_TEXT, add_special_tokens=False)
     start = rng.randrange(len(ids))
@@ -258,7 +273,9 @@ def tokenize(
         if not ids:
             raise ValueError(f"prompt {i} tokenizes to nothing; give it some text")
         if answers is not None and not answer:
-            raise ValueError(f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text in it")
+            raise ValueError(
+                f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text in it"
+            )
         if backend.n_ctx and len(ids) + len(answer) > backend.n_ctx:
             raise ValueError(
                 f"prompt {i} has {len(ids)} tokens and its answer {len(answer)}, but {backend.name} has a context of "

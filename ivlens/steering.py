@@ -50,12 +50,16 @@ class Injection:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
         if not isinstance(positions, Tensor) and positions not in POSITIONS:
-            raise ValueError(f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}, or a tensor with one per row")
+            raise ValueError(
+                f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}, or a tensor with one per row"
+            )
         whole = isinstance(vector, InstructionVector)
         if whole:
             vector.check_model(backend.model)
         elif vector.shape[-1] != backend.d_model or vector.dim() > 2:
-            raise ValueError(f"the vector has shape {tuple(vector.shape)}, but {backend.name} needs [d_model] = ({backend.d_model},)")
+            raise ValueError(
+                f"the vector has shape {tuple(vector.shape)}, but {backend.name} needs [d_model] = ({backend.d_model},)"
+            )
         elif not torch.isfinite(vector).all():
             raise ValueError("the vector holds NaN or infinite values")
         scale = (vector.scale if whole else 1.0) if scale is None else scale
@@ -74,7 +78,9 @@ class Injection:
             )
         return cls({backend.check_layer(layer): scale * (vector.vector if whole else vector)}, positions)
 
-    def hooks(self, backend: Backend, add: Callable[[Tensor, Tensor], Tensor], fired: set[int]) -> list[tuple[str, Callable]]:
+    def hooks(
+        self, backend: Backend, add: Callable[[Tensor, Tensor], Tensor], fired: set[int]
+    ) -> list[tuple[str, Callable]]:
         """One hook per layer; `add(x, vector)` says where the vector goes."""
 
         def hook_for(layer: int, vector: Tensor) -> Callable:
@@ -174,7 +180,9 @@ def inject(
         yield model
         if place.runs and fired != set(injection.additions):
             missing = sorted(set(injection.additions) - fired)
-            raise RuntimeError(f"the model ran, but nothing was injected after layer(s) {missing}: did it stop at an earlier layer?")
+            raise RuntimeError(
+                f"the model ran, but nothing was injected after layer(s) {missing}: did it stop at an earlier layer?"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, {"about": json.dumps(about or {})})
+    save_file(
+        {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, {"about": json.dumps(about or {})}
+    )
     os.replace(partial, path)
     return path
 
@@ -49,7 +51,9 @@ def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); save or download it again") from error
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); save or download it again"
+        ) from error
     if kind is not None and about.get("kind") != kind:
         raise ValueError(f"{path} holds {about.get('kind') or 'something ivlens did not save'}, not {kind}")
     for key, tensor in tensors.items():

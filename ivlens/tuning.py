@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens.extraction import random_vector
 from ivlens.models.backends import backend_of
 from ivlens.patching.replay import Sites, Sweep
 from ivlens.prompts import build_prompts, tokenize
 from ivlens.tasks.task import Task
-from ivlens.vectors import InstructionVector, random_vector
+from ivlens.vectors import InstructionVector
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -106,7 +107,9 @@ def tune_injection(
     layers = tuple(backend.check_layer(x) for x in (range(backend.n_layers) if layers is None else layers))
     sign = 1.0 if goal == "induce" else -1.0
     scales = tuple(sign * s for s in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)) if scales is None else tuple(scales)
-    prompts = build_prompts(task, n=n_prompts, shots=shots, instruction=instruction, style=style, split=split, seed=seed)
+    prompts = build_prompts(
+        task, n=n_prompts, shots=shots, instruction=instruction, style=style, split=split, seed=seed
+    )
     order = sorted(range(len(layers)), key=lambda i: layers[i])
     tries = [(layers[i], s, v) for i in order for s in scales for v in (vector, random_vector(vector, seed=seed))]
 

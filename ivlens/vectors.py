@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,11 +19,8 @@ if TYPE_CHECKING:
 
     import plotly.graph_objects as go
 
-    from ivlens.patching.effects import HeadEffects
-    from ivlens.prompts import Prompt
-    from ivlens.tasks.task import Task
 
-__all__ = ["Head", "InstructionVector", "extract_vector", "random_vector", "vector_from_heads"]
+__all__ = ["Head", "InstructionVector"]
 
 KIND = "instruction vector"
 FILE, CARD = "vector.safetensors", "vector.json"
@@ -80,11 +76,15 @@ class InstructionVector:
 
     def __post_init__(self) -> None:
         if self.vector.dim() != 1:
-            raise ValueError(f"an instruction vector has one dimension, [d_model]; got shape {tuple(self.vector.shape)}")
+            raise ValueError(
+                f"an instruction vector has one dimension, [d_model]; got shape {tuple(self.vector.shape)}"
+            )
         if not torch.isfinite(self.vector).all():
             raise ValueError("the vector holds NaN or infinite values; extract it again")
         if len(self.heads) != (0 if self.shares is None else len(self.shares)):
-            raise ValueError(f"{len(self.heads)} heads but shares of shape {None if self.shares is None else tuple(self.shares.shape)}")
+            raise ValueError(
+                f"{len(self.heads)} heads but shares of shape {None if self.shares is None else tuple(self.shares.shape)}"
+            )
 
     # -- what it is -------------------------------------------------------------------------------------------------
     @property
@@ -126,7 +126,9 @@ class InstructionVector:
         if not isinstance(other, InstructionVector):
             return NotImplemented
         if other.d_model != self.d_model:
-            raise ValueError(f"can't add vectors of width {self.d_model} and {other.d_model}; they belong to different models")
+            raise ValueError(
+                f"can't add vectors of width {self.d_model} and {other.d_model}; they belong to different models"
+            )
         theirs, mine = other.metadata.get("signature"), self.metadata.get("signature")
         if theirs and mine and theirs != mine:
             raise ValueError(f"can't add vectors of different models ({_shape(mine)} and {_shape(theirs)})")
@@ -218,7 +220,9 @@ class InstructionVector:
             return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **kwargs))
 
     @classmethod
-    def from_pretrained(cls, repo_id: str | Path, *, revision: str | None = None, token: str | None = None) -> InstructionVector:
+    def from_pretrained(
+        cls, repo_id: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> InstructionVector:
         """Download from a Hugging Face repository, or load from a local folder."""
         if Path(repo_id).exists():
             return cls.load(repo_id)
@@ -233,96 +237,17 @@ class InstructionVector:
         return f"InstructionVector({self.name}, d_model {self.d_model}, norm {self.norm():.2f}{heads}{where})"
 
 
-def vector_from_heads(
-    model: Any, means: Float[Tensor, "layer head d_head"], heads: Sequence[Head | tuple[int, int]], **metadata: Any
-) -> InstructionVector:
-    """θ = Σ z̄[l, h] · W_O[l, h] over `heads`, without output biases (IV §3). Adapters on the projection count."""
-    from ivlens.models.backends import backend_of
-
-    backend = backend_of(model)
-    heads = tuple(sorted({Head(*h) for h in heads}))
-    if not heads:
-        raise ValueError("no heads given; pass some, such as effects.top(10)")
-    for head in heads:
-        backend.check_head(*head)
-    heads = tuple(Head(backend.check_layer(h.layer), h.head) for h in heads)
-    with torch.inference_mode():
-        by_layer = {layer: backend.head_shares(layer, means[layer]) for layer in {h.layer for h in heads}}
-    shares = torch.stack([by_layer[h.layer][h.head].float().cpu() for h in heads]).clone()
-    about = {"model": backend.name, "signature": backend.signature, "hook": "attn.hook_z · W_O", **metadata, **_versions()}
-    return InstructionVector(shares.sum(0), heads, shares, metadata=about)
-
-
-def extract_vector(
-    model: Any,
-    task: Task | Sequence[Prompt],
-    heads: Sequence[Head | tuple[int, int]] | HeadEffects,
-    *,
-    shots: int = 10,
-    instruction: bool | str | int = False,
-    style: str = "qa",
-    n_prompts: int = 50,
-    only_correct: bool = False,
-    seed: int = 0,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> InstructionVector:
-    """The instruction vector of a task: the heads' mean outputs over prompts that state it, summed (IV §3).
-
-    Parameters
-    ----------
-    task
-        A task (training split), or your own list of `Prompt`.
-    heads
-        The instruction heads, or `HeadEffects` to take its ten best.
-    shots, instruction, style
-        How the prompts look; see `build_prompts`.
-    n_prompts
-        How many prompts the mean is taken over.
-    """
-    from ivlens.patching.effects import HeadEffects
-    from ivlens.patching.heads import mean_head_outputs
-    from ivlens.prompts import build_prompts
-    from ivlens.tasks.task import Task
-
-    heads = heads.top(10) if isinstance(heads, HeadEffects) else heads
-    about: dict[str, Any] = {"n_prompts": n_prompts, "shots": shots, "instruction": instruction, "style": style, "seed": seed}
-    if isinstance(task, Task):
-        prompts = build_prompts(task, n=n_prompts, shots=shots, instruction=instruction, style=style, split="train", seed=seed)
-        about["task"] = task.name
-    else:
-        prompts = list(task)
-        about = {"n_prompts": len(prompts), "task": prompts[0].task if prompts else ""}
-    means = mean_head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
-    return vector_from_heads(model, means, heads, only_correct=only_correct, **about)
-
-
-def random_vector(like: InstructionVector, *, seed: int = 0) -> InstructionVector:
-    """A control: a random direction of the same norm, at the same layer and scale."""
-    noise = torch.randn(like.d_model, generator=torch.Generator().manual_seed(seed))
-    metadata = {k: like.metadata[k] for k in ("model", "signature") if k in like.metadata}
-    return InstructionVector(
-        noise / noise.norm() * like.norm(), layer=like.layer, scale=like.scale, metadata={**metadata, "task": f"random vector {seed}"}
-    )
-
-
 def _tensor(other: InstructionVector | Tensor, width: int) -> Tensor:
     tensor = other.vector if isinstance(other, InstructionVector) else other
     if tensor.shape != (width,):
-        raise ValueError(f"expected a vector of width {width}, got shape {tuple(tensor.shape)}; they belong to different models")
+        raise ValueError(
+            f"expected a vector of width {width}, got shape {tuple(tensor.shape)}; they belong to different models"
+        )
     return tensor
 
 
 def _shape(signature: dict[str, int]) -> str:
     return ", ".join(f"{k} {v}" for k, v in signature.items())
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from ivlens import __version__
-
-    return {"ivlens": __version__, "transformer_lens": version("transformer-lens"), "torch": torch.__version__}
 
 
 def _card(vector: InstructionVector) -> str:

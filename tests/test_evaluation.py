@@ -90,7 +90,7 @@ def test_unknown_metric_control_and_missing_vector_are_named(model, task, other_
 
 def test_random_vector_control_has_the_norm_of_the_vector(vectors):
     vector = vectors["past"]
-    random = ivl.vectors.random_vector(vector, seed=3)
+    random = ivl.extraction.random_vector(vector, seed=3)
     assert random.norm() == pytest.approx(vector.norm(), rel=1e-5)
     assert abs(random.cosine(vector)) < 0.7
 

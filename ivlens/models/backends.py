@@ -7,8 +7,9 @@ Everything that differs between `TransformerBridge` (transformer-lens 4.x) and `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,7 +96,9 @@ class Backend(ABC):
     def check_head(self, layer: int, head: int) -> None:
         self.check_layer(layer)
         if not 0 <= head < self.n_heads:
-            raise ValueError(f"head={head} is out of range: {self.name} has heads 0 to {self.n_heads - 1} in each layer")
+            raise ValueError(
+                f"head={head} is out of range: {self.name} has heads 0 to {self.n_heads - 1} in each layer"
+            )
 
     def check_hooks(self) -> None:
         """Raise where a layer has no `hook_z`: state-space and some hybrid layers have no attention heads to patch."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivlens.models.backends import Backend, Hook, Prefix, append_copies, block_mask, position_ids
+from ivlens.models.backends import Backend, Prefix, append_copies, block_mask, position_ids
 
 __all__ = ["BridgeBackend"]
 
@@ -96,7 +96,9 @@ class BridgeBackend(Backend):
             same = next((j for j in masks if torch.equal(prefix.visible[j], visible)), None)
             if same is None:
                 allowed = block_mask(visible, prefix.n_prefix, copies)
-                masks[i] = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+                masks[i] = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[
+                    :, None
+                ]
             else:
                 masks[i] = masks[same]
 

@@ -94,12 +94,18 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; give the path of a .gguf file")
         label, where, options = path.stem, str(path.parent), {**options, "gguf_file": path.name}
+    elif Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise OSError(_not_found(name))
     dtype = dtype or "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **{k: v for k, v in options.items() if v is not None})
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, **{k: v for k, v in options.items() if v is not None}
+        )
         if tokenizer is None:
             keep = ("revision", "trust_remote_code", "gguf_file")
-            tokenizer = AutoTokenizer.from_pretrained(where, **{k: v for k, v in options.items() if k in keep and v is not None})
+            tokenizer = AutoTokenizer.from_pretrained(
+                where, **{k: v for k, v in options.items() if k in keep and v is not None}
+            )
     except OSError as error:
         raise OSError(_not_found(name)) from error
     if "gguf_file" in options:
@@ -183,7 +189,9 @@ def _to_bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
-    inner.config.architectures = inner.config.architectures or [type(inner).__name__]  # models made from a config have none
+    inner.config.architectures = inner.config.architectures or [
+        type(inner).__name__
+    ]  # models made from a config have none
     device = None if getattr(inner, "hf_device_map", None) else inner.device
     bridge = TransformerBridge.boot_transformers(label, hf_model=inner, tokenizer=tokenizer, device=device)
     bridge.eval()
@@ -204,7 +212,9 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
         state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
     cfg.model_name, cfg.tokenizer_name = label, None
     model = cls(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    model.load_and_process_state_dict(
+        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
     model.move_model_modules_to_device()
     model.eval()
     _check_conversion(hf_model, model)

@@ -5,4 +5,12 @@ from ivlens.patching.heads import head_effects, locate_heads, mean_head_outputs
 from ivlens.patching.metrics import METRICS
 from ivlens.patching.residual import ResidualEffects, residual_effects
 
-__all__ = ["METRICS", "HeadEffects", "ResidualEffects", "head_effects", "locate_heads", "mean_head_outputs", "residual_effects"]
+__all__ = [
+    "METRICS",
+    "HeadEffects",
+    "ResidualEffects",
+    "head_effects",
+    "locate_heads",
+    "mean_head_outputs",
+    "residual_effects",
+]

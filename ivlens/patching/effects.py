@@ -44,7 +44,9 @@ class HeadEffects:
 
     def __post_init__(self) -> None:
         if not len(self.values) == len(self.baseline) == len(self.tasks):
-            raise ValueError(f"{len(self.values)} effects, {len(self.baseline)} baselines and {len(self.tasks)} task names don't match")
+            raise ValueError(
+                f"{len(self.values)} effects, {len(self.baseline)} baselines and {len(self.tasks)} task names don't match"
+            )
 
     @property
     def task_names(self) -> list[str]:
@@ -121,7 +123,13 @@ class HeadEffects:
         import pandas as pd
 
         low, high = self.interval(task)
-        columns = {"aie": self.mean(task), "stderr": self.stderr(task), "low": low, "high": high, "p": self.pvalue(task)}
+        columns = {
+            "aie": self.mean(task),
+            "stderr": self.stderr(task),
+            "low": low,
+            "high": high,
+            "p": self.pvalue(task),
+        }
         n_heads = self.values.shape[2]
         frame = pd.DataFrame({name: x.flatten().tolist() for name, x in columns.items()})
         frame.insert(0, "layer", [i // n_heads for i in range(len(frame))])
@@ -157,4 +165,3 @@ class HeadEffects:
         import html
 
         return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().head(10).round(4).to_html()
-

@@ -61,7 +61,9 @@ def mean_head_outputs(
             counted += int(keep.sum())
             bar.update(len(rows))
     if not counted:
-        raise ValueError("the model answers none of the prompts correctly; use more shots, other prompts, or only_correct=False")
+        raise ValueError(
+            "the model answers none of the prompts correctly; use more shots, other prompts, or only_correct=False"
+        )
     return (total / counted).float()
 
 
@@ -138,7 +140,9 @@ def _sweep_heads(
     backend.check_hooks()
     expected = (backend.n_layers, backend.n_heads, backend.d_head)
     if tuple(replacement.shape) != expected:
-        raise ValueError(f"replacement has shape {tuple(replacement.shape)}, but {backend.name} needs [layer head d_head] = {expected}")
+        raise ValueError(
+            f"replacement has shape {tuple(replacement.shape)}, but {backend.name} needs [layer head d_head] = {expected}"
+        )
     if not torch.isfinite(replacement).all():
         raise ValueError("replacement holds NaN or infinite values; compute it again with mean_head_outputs")
     tokenized = tokenize(backend, prompts, answers)
@@ -244,9 +248,13 @@ def locate_heads(
         for task in suite.values():
             bar.set_postfix_str(task.name)
             options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "split": "train"}
-            mean = mean_head_outputs(model, build_prompts(task, n=n_mean, seed=seed, **options), only_correct=only_correct)
+            mean = mean_head_outputs(
+                model, build_prompts(task, n=n_mean, seed=seed, **options), only_correct=only_correct
+            )
             clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
-            broken = _counterfactual(clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed)
+            broken = _counterfactual(
+                clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed
+            )
             wrong = _distractors(broken, task) if metric == "logit_difference" else None
             sweep = _sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
             sweep.checked = checked
@@ -256,7 +264,13 @@ def locate_heads(
             names += [task.name] * n_prompts
             method, checked = sweep.method, sweep.checked  # self-checked once for all tasks
             bar.update()
-    settings = {"shots": shots, "instruction": instruction, "style": style, "counterfactual": counterfactual, "seed": seed}
+    settings = {
+        "shots": shots,
+        "instruction": instruction,
+        "style": style,
+        "counterfactual": counterfactual,
+        "seed": seed,
+    }
     return HeadEffects(
         torch.cat(values),
         torch.cat(baselines),

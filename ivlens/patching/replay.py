@@ -233,7 +233,11 @@ class Sweep:
             with torch.inference_mode():
                 plain = self._forward(alone, self._probe)[0]
             difference = _probability_difference(self._probed[: alone.keep], plain)
-            reason = None if difference <= self._tolerance else f"a replayed patch differs by {difference:.1e} in probability"
+            reason = (
+                None
+                if difference <= self._tolerance
+                else f"a replayed patch differs by {difference:.1e} in probability"
+            )
         except ReplayError as error:
             reason = str(error)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -246,7 +250,9 @@ class Sweep:
         self.method = "replay" if reason is None else "full"
         if reason is None:
             return swept, shared
-        warnings.warn(f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=4)
+        warnings.warn(
+            f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=4
+        )
         return self._full(batch), None
 
     # -- batches ----------------------------------------------------------------------------------------------------

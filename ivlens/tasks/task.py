@@ -105,7 +105,9 @@ class Task:
                 raise ValueError(f"record {i} of task {name!r} has split={split!r}; choose one of {', '.join(SPLITS)}")
             (loose if split is None else examples[split]).append(example)
         if not loose and not any(examples.values()):
-            raise ValueError(f"task {name!r} is empty; give it at least one record with {names['input']!r} and {names['output']!r}")
+            raise ValueError(
+                f"task {name!r} is empty; give it at least one record with {names['input']!r} and {names['output']!r}"
+            )
         random.Random(0).shuffle(loose)
         first, second = round(len(loose) * 0.5), round(len(loose) * 0.65)
         examples["train"] += loose[:first]
@@ -176,5 +178,7 @@ def _example(record: Mapping[str, Any], names: Mapping[str, str], task: str, i: 
             )
     optional = {key: record.get(names[key]) for key in ("question", "content")}
     return Example(
-        str(record[names["input"]]), str(record[names["output"]]), **{k: None if v is None else str(v) for k, v in optional.items()}
+        str(record[names["input"]]),
+        str(record[names["output"]]),
+        **{k: None if v is None else str(v) for k, v in optional.items()},
     )

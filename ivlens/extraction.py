@@ -1,0 +1,110 @@
+"""Making vectors: from heads' mean outputs, and the random ones they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ivlens.models.backends import backend_of
+from ivlens.patching.effects import HeadEffects
+from ivlens.patching.heads import mean_head_outputs
+from ivlens.prompts import Prompt, build_prompts
+from ivlens.tasks.task import Task
+from ivlens.vectors import Head, InstructionVector
+
+__all__ = ["extract_vector", "random_vector", "vector_from_heads"]
+
+
+def vector_from_heads(
+    model: Any, means: Float[Tensor, "layer head d_head"], heads: Sequence[Head | tuple[int, int]], **metadata: Any
+) -> InstructionVector:
+    """θ = Σ z̄[l, h] · W_O[l, h] over `heads`, without output biases (IV §3). Adapters on the projection count."""
+    backend = backend_of(model)
+    heads = tuple(sorted({Head(*h) for h in heads}))
+    if not heads:
+        raise ValueError("no heads given; pass some, such as effects.top(10)")
+    for head in heads:
+        backend.check_head(*head)
+    heads = tuple(Head(backend.check_layer(h.layer), h.head) for h in heads)
+    with torch.inference_mode():
+        by_layer = {layer: backend.head_shares(layer, means[layer]) for layer in {h.layer for h in heads}}
+    shares = torch.stack([by_layer[h.layer][h.head].float().cpu() for h in heads]).clone()
+    about = {
+        "model": backend.name,
+        "signature": backend.signature,
+        "hook": "attn.hook_z · W_O",
+        **metadata,
+        **_versions(),
+    }
+    return InstructionVector(shares.sum(0), heads, shares, metadata=about)
+
+
+def extract_vector(
+    model: Any,
+    task: Task | Sequence[Prompt],
+    heads: Sequence[Head | tuple[int, int]] | HeadEffects,
+    *,
+    shots: int = 10,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    n_prompts: int = 50,
+    only_correct: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> InstructionVector:
+    """The instruction vector of a task: the heads' mean outputs over prompts that state it, summed (IV §3).
+
+    Parameters
+    ----------
+    task
+        A task (training split), or your own list of `Prompt`.
+    heads
+        The instruction heads, or `HeadEffects` to take its ten best.
+    shots, instruction, style
+        How the prompts look; see `build_prompts`.
+    n_prompts
+        How many prompts the mean is taken over.
+    """
+    heads = heads.top(10) if isinstance(heads, HeadEffects) else heads
+    about: dict[str, Any] = {
+        "n_prompts": n_prompts,
+        "shots": shots,
+        "instruction": instruction,
+        "style": style,
+        "seed": seed,
+    }
+    if isinstance(task, Task):
+        prompts = build_prompts(
+            task, n=n_prompts, shots=shots, instruction=instruction, style=style, split="train", seed=seed
+        )
+        about["task"] = task.name
+    else:
+        prompts = list(task)
+        about = {"n_prompts": len(prompts), "task": prompts[0].task if prompts else ""}
+    means = mean_head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
+    return vector_from_heads(model, means, heads, only_correct=only_correct, **about)
+
+
+def random_vector(like: InstructionVector, *, seed: int = 0) -> InstructionVector:
+    """A control: a random direction of the same norm, at the same layer and scale."""
+    noise = torch.randn(like.d_model, generator=torch.Generator().manual_seed(seed))
+    metadata = {k: like.metadata[k] for k in ("model", "signature") if k in like.metadata}
+    return InstructionVector(
+        noise / noise.norm() * like.norm(),
+        layer=like.layer,
+        scale=like.scale,
+        metadata={**metadata, "task": f"random vector {seed}"},
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from ivlens import __version__
+
+    return {"ivlens": __version__, "transformer_lens": version("transformer-lens"), "torch": torch.__version__}
