@@ -124,14 +124,24 @@ class _Run:
         with _injected(self.backend, self.injection, None if last_only else slice(None)):
             return self.backend.forward(tokens, self.mask, cache=self.cache)
 
+    def along(self, answers: Tensor) -> Tensor:
+        """Logits along given answers, [batch answer d_vocab]."""
+        length = answers.shape[1]
+        if self.fed.shape[1] > 1:  # hooks around us look for the prompt's last token, so answer tokens come one by one
+            return torch.cat([self.first(), *(self.step(answers[:, j : j + 1]) for j in range(length - 1))], dim=1)
+        last_only = self.injection is not None and self.injection.positions == "last"
+        fed = torch.cat([self.fed, answers[:, :-1]], dim=1)
+        mask = torch.cat([self.mask, self.mask.new_ones(len(answers), length - 1)], dim=1)
+        with _injected(self.backend, self.injection, slice(0, 1) if last_only else slice(None)):
+            return self.backend.forward(fed, mask, cache=self.cache, keep=length)
+
 
 def _score(run: _Run, batch: Sequence[TokenizedPrompt]) -> tuple[list[float], list[float]]:
     """First-token hit and log-probability of each answer, teacher-forced."""
     longest, device = max(len(r.answer) for r in batch), run.fed.device
     answers = torch.tensor([r.answer + r.answer[-1:] * (longest - len(r.answer)) for r in batch], device=device)
     counted = torch.tensor([[j < len(r.answer) for j in range(longest)] for r in batch], device=device)
-    steps = [run.first(), *(run.step(answers[:, j : j + 1]) for j in range(longest - 1))]
-    logits = torch.cat(steps, dim=1).float()
+    logits = run.along(answers).float()
     first = (logits[:, 0].argmax(-1) == answers[:, 0]).float().tolist()
     per_token = logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)
     return first, torch.where(counted, per_token, 0.0).sum(-1).tolist()

@@ -24,12 +24,12 @@ def vector_from_heads(
 ) -> InstructionVector:
     """θ = Σ z̄[l, h] · W_O[l, h] over `heads`, without output biases (IV §3). Adapters on the projection count."""
     backend = backend_of(model)
-    heads = tuple(sorted({Head(*h) for h in heads}))
+    heads = [Head(*h) for h in heads]
     if not heads:
         raise ValueError("no heads given; pass some, such as effects.top(10)")
     for head in heads:
         backend.check_head(*head)
-    heads = tuple(Head(backend.check_layer(h.layer), h.head) for h in heads)
+    heads = tuple(sorted({Head(backend.check_layer(h.layer), h.head) for h in heads}))
     with torch.inference_mode():
         by_layer = {layer: backend.head_shares(layer, means[layer]) for layer in {h.layer for h in heads}}
     shares = torch.stack([by_layer[h.layer][h.head].float().cpu() for h in heads]).clone()

@@ -173,8 +173,10 @@ def shuffled_labels(prompt: Prompt, rng: random.Random, others: Sequence[Task], 
         raise ValueError(
             "counterfactual='shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead"
         )
-    outputs = [x.output for x in prompt.demonstrations]
-    rng.shuffle(outputs)
+    told = [x.output for x in prompt.demonstrations]
+    outputs = list(told)
+    while outputs == told and len(set(told)) > 1:  # of two demonstrations, every other shuffle changes nothing
+        rng.shuffle(outputs)
     return replace(prompt, demonstrations=tuple(replace(x, output=y) for x, y in zip(prompt.demonstrations, outputs)))
 
 

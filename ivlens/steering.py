@@ -95,7 +95,9 @@ class Injection:
 
 
 class _Place:
-    """Tells a new prompt from the continuation of the last one, by looking at the embeddings that come in.
+    """Tells a new prompt from the continuation of the last one, by looking at what enters the first layer.
+
+    (`hook_embed` won't do: `HookedTransformer.generate` embeds tokens without it.)
 
     With a cache, `generate` runs the prompt and then single tokens; without one, the same prompt with one token more each
     time. Both count as continuation, so that a vector lands in the same places either way.
@@ -107,9 +109,9 @@ class _Place:
         self.start = 0  # position of the last prompt token in the forward pass under way
         self.runs = 0
 
-    def watch(self, embedding: Tensor, hook: Any) -> None:
+    def watch(self, entering: Tensor, hook: Any) -> None:
         self.runs += 1
-        now, before = embedding.detach(), self.seen
+        now, before = entering.detach(), self.seen
         if before is not None and now.shape[0] == before.shape[0]:
             if now.shape[1] == 1:
                 self.start = -1  # a decoding step over a cache
@@ -121,7 +123,11 @@ class _Place:
         self.seen, self.start = now, now.shape[1] - 1
 
     def add(self, x: Tensor, vector: Tensor) -> Tensor:
+        if not self.runs:
+            raise RuntimeError("can't tell where the prompt ends: run the model from its first layer inside inject")
         if isinstance(self.positions, Tensor):
+            if self.start < 0:
+                return x
             rows = torch.arange(x.shape[0], device=x.device)
             here = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
             here[rows, self.positions.to(x.device)] = True
@@ -175,7 +181,7 @@ def inject(
     backend = backend_of(model)
     injection = Injection.of(backend, vector, layer=layer, scale=scale, positions=positions, mode=mode)
     place, fired = _Place(positions), set()
-    hooks = [("hook_embed", place.watch), *injection.hooks(backend, place.add, fired)]
+    hooks = [("blocks.0.hook_resid_pre", place.watch), *injection.hooks(backend, place.add, fired)]
     with model.hooks(fwd_hooks=hooks):
         yield model
         if place.runs and fired != set(injection.additions):

@@ -13,6 +13,11 @@ import ivlens as ivl
 from tests import tiny
 
 
+def pytest_configure(config):
+    # transformer-lens 3.9 says so
+    config.addinivalue_line("filterwarnings", "ignore:.*HookedTransformer is deprecated")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny matrices: threads only get in each other's way."""
@@ -68,5 +73,7 @@ def task():
 @pytest.fixture(scope="session")
 def other_task():
     return ivl.Task.from_records(
-        [{"input": word, "output": f"{word}s"} for word in tiny.VERBS], name="plural", instruction="Write the plural form."
+        [{"input": word, "output": f"{word}s"} for word in tiny.VERBS],
+        name="plural",
+        instruction="Write the plural form.",
     )

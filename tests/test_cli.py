@@ -20,10 +20,30 @@ def folder(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "model")
     records = [json.dumps({"input": verb, "output": f"{verb}ed"}) for verb in tiny.VERBS]
     (folder / "past.jsonl").write_text("\n".join(records))
-    common = ["--model", f"{folder / 'model'}", "--file", f"{folder / 'past.jsonl'}", "--instruction", "Write the past form."]
+    common = [
+        "--model",
+        f"{folder / 'model'}",
+        "--file",
+        f"{folder / 'past.jsonl'}",
+        "--instruction",
+        "Write the past form.",
+    ]
     run("locate", *common, "--shots", "2", "--n-prompts", "3", "--out", f"{folder / 'heads'}")
     heads = f"{folder / 'heads' / 'effects.safetensors'}"
-    run("extract", *common, "--heads", heads, "--top", "3", "--shots", "2", "--n-prompts", "4", "--out", f"{folder / 'vectors'}")
+    run(
+        "extract",
+        *common,
+        "--heads",
+        heads,
+        "--top",
+        "3",
+        "--shots",
+        "2",
+        "--n-prompts",
+        "4",
+        "--out",
+        f"{folder / 'vectors'}",
+    )
     return folder
 
 
@@ -52,7 +72,14 @@ def test_steer_shows_three_columns(folder, tmp_path):
 
 
 def test_evaluate_writes_scores(folder, tmp_path):
-    files = ["--model", f"{folder / 'model'}", "--file", f"{folder / 'past.jsonl'}", "--instruction", "Write the past form."]
+    files = [
+        "--model",
+        f"{folder / 'model'}",
+        "--file",
+        f"{folder / 'past.jsonl'}",
+        "--instruction",
+        "Write the past form.",
+    ]
     run("evaluate", *files, "--vectors", f"{folder / 'vectors'}", "--reference-shots", "2", "--out", f"{tmp_path}")
     scores = ivl.Evaluation.load(tmp_path / "evaluation.json")
     assert {"vector", "random vector", "2 demonstrations"} <= set(scores.conditions)

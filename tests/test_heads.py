@@ -11,7 +11,7 @@ from ivlens.patching import head_effects, mean_head_outputs
 from ivlens.prompts import build_prompts, counterfactual
 from tests import tiny
 
-pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:.*HookedTransformer is deprecated")]
+pytestmark = pytest.mark.model
 
 
 @torch.inference_mode()
@@ -159,7 +159,9 @@ def test_locate_heads_equals_its_steps_by_hand(model, task, other_task):
         mean = mean_head_outputs(model, build_prompts(t, n=5, shots=3, seed=7))
         clean = build_prompts(t, n=4, shots=3, seed=8)
         broken = counterfactual(clean, "shuffled_labels", tasks=suite, tokenizer=model.tokenizer, seed=7)
-        torch.testing.assert_close(effects.of(t.name).values, head_effects(model, broken, None, mean), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            effects.of(t.name).values, head_effects(model, broken, None, mean), atol=1e-6, rtol=0
+        )
 
 
 def test_locate_heads_gives_the_same_numbers_again_and_others_for_another_seed(model, task):
@@ -199,18 +201,36 @@ def test_locate_heads_goes_the_full_way_for_every_task_where_replay_fails(load, 
 def test_bad_arguments_are_refused_with_what_is_allowed(model, task, replacement):
     prompts = tiny.tokens(5)
     cases = [
-        (lambda: head_effects(model, prompts, ["7"], replacement[:2]), r"has shape \(2, 4, 8\), but .* needs .* = \(3, 4, 8\)"),
-        (lambda: head_effects(model, prompts, ["7"], replacement * torch.nan), "replacement holds NaN or infinite values"),
+        (
+            lambda: head_effects(model, prompts, ["7"], replacement[:2]),
+            r"has shape \(2, 4, 8\), but .* needs .* = \(3, 4, 8\)",
+        ),
+        (
+            lambda: head_effects(model, prompts, ["7"], replacement * torch.nan),
+            "replacement holds NaN or infinite values",
+        ),
         (lambda: head_effects(model, prompts, None, replacement), "answers are needed to measure an effect"),
         (lambda: head_effects(model, prompts, ["7", "8"], replacement), "1 prompts but 2 answers"),
         (lambda: head_effects(model, prompts, ["é"], replacement), r"answer 0 \('é'\) tokenizes to nothing"),
         (lambda: head_effects(model, [], [], replacement), "no prompts given"),
-        (lambda: head_effects(model, tiny.tokens(128), ["7"], replacement), "has 128 tokens .* has a context of 128; use fewer"),
-        (lambda: head_effects(model, prompts, ["7"], replacement, metric="odds"), "metric='odds' is unknown; choose one of prob"),
+        (
+            lambda: head_effects(model, tiny.tokens(128), ["7"], replacement),
+            "has 128 tokens .* has a context of 128; use fewer",
+        ),
+        (
+            lambda: head_effects(model, prompts, ["7"], replacement, metric="odds"),
+            "metric='odds' is unknown; choose one of prob",
+        ),
         (lambda: head_effects(model, prompts, ["7"], replacement, metric="logit_difference"), "needs distractors"),
         (lambda: ivl.locate_heads(model, [], progress=False), "no tasks given; pass at least one"),
-        (lambda: ivl.locate_heads(model, task, shots=12, progress=False), "shots=12 needs at least 13 training examples"),
-        (lambda: ivl.locate_heads(model, task, shots=1, n_prompts=1, progress=False), "'shuffled_labels' needs shots >= 2"),
+        (
+            lambda: ivl.locate_heads(model, task, shots=12, progress=False),
+            "shots=12 needs at least 13 training examples",
+        ),
+        (
+            lambda: ivl.locate_heads(model, task, shots=1, n_prompts=1, progress=False),
+            "'shuffled_labels' needs shots >= 2",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -218,5 +238,7 @@ def test_bad_arguments_are_refused_with_what_is_allowed(model, task, replacement
 
 
 def test_a_model_that_is_not_hooked_is_refused_with_the_next_step():
-    with pytest.raises(TypeError, match=r"expected a TransformerBridge or HookedTransformer, got GPT2LMHeadModel; .*ivl.load_model"):
+    with pytest.raises(
+        TypeError, match=r"expected a TransformerBridge or HookedTransformer, got GPT2LMHeadModel; .*ivl.load_model"
+    ):
         mean_head_outputs(tiny.hf_model("gpt2"), tiny.tokens(5))

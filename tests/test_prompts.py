@@ -35,7 +35,9 @@ def test_chat_style_is_the_tokenizer_s_template_with_the_instruction_said_once(t
 
 
 def test_chat_style_without_a_template_says_what_to_use_instead(tokenizer):
-    with pytest.raises(ValueError, match="style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain'"):
+    with pytest.raises(
+        ValueError, match="style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain'"
+    ):
         ivl.Prompt(GO, style="chat").render(object())
 
 
@@ -85,7 +87,9 @@ def test_bad_arguments_are_refused(task):
         ivl.build_prompts(task, style="json")
     with pytest.raises(ValueError, match="split='dev' is unknown; choose one of train, valid, test"):
         ivl.build_prompts(task, split="dev")
-    with pytest.raises(ValueError, match="shots=12 needs at least 13 training examples, but task 'past' has 12; use fewer shots"):
+    with pytest.raises(
+        ValueError, match="shots=12 needs at least 13 training examples, but task 'past' has 12; use fewer shots"
+    ):
         ivl.build_prompts(task, shots=12)
     with pytest.raises(ValueError, match="task 'past' has no examples in its 'valid' split"):
         ivl.build_prompts(replace(task, valid=()), split="valid")
@@ -103,10 +107,12 @@ def test_every_counterfactual_keeps_query_answer_and_style_and_repeats_for_a_see
     for kind in COUNTERFACTUALS:
         options = {"tasks": [task, other_task], "tokenizer": tokenizer}
         broken = counterfactual(prompts, kind, **options)
-        assert [(b.query, b.answer, b.style, b.task) for b in broken] == [(p.query, p.answer, p.style, p.task) for p in prompts]
+        assert [(b.query, b.answer, b.style, b.task) for b in broken] == [
+            (p.query, p.answer, p.style, p.task) for p in prompts
+        ]
         assert all(b != p for b, p in zip(broken, prompts)), kind
         assert broken == counterfactual(prompts, kind, **options)
-        if kind != "no_instruction":
+        if kind in ("shuffled_labels", "random_text"):  # the others have nothing to draw here
             assert broken != counterfactual(prompts, kind, seed=1, **options)
 
 
@@ -115,6 +121,14 @@ def test_shuffled_labels_keeps_inputs_and_permutes_outputs(prompts):
         assert [x.input for x in broken.demonstrations] == [x.input for x in prompt.demonstrations]
         assert sorted(x.output for x in broken.demonstrations) == sorted(x.output for x in prompt.demonstrations)
         assert broken.instruction == prompt.instruction
+
+
+def test_shuffled_labels_of_two_demonstrations_are_always_swapped_and_equal_ones_stay(task):
+    prompts = ivl.build_prompts(task, n=20, shots=2)
+    for broken, prompt in zip(counterfactual(prompts, "shuffled_labels"), prompts):
+        assert [x.output for x in broken.demonstrations] == [x.output for x in prompt.demonstrations][::-1]
+    same = ivl.Prompt(GO, (WALK, WALK, WALK))
+    assert counterfactual([same], "shuffled_labels") == [same]
 
 
 def test_no_instruction_leaves_the_bare_query(prompts):
@@ -139,11 +153,15 @@ def test_random_text_is_about_as_long_as_what_it_replaces(task, tokenizer, style
 
 def test_counterfactuals_that_cannot_be_made_say_why(task, prompts):
     bare = ivl.build_prompts(task, n=1, shots=1)
-    with pytest.raises(ValueError, match="'shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead"):
+    with pytest.raises(
+        ValueError, match="'shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead"
+    ):
         counterfactual(bare, "shuffled_labels")
     with pytest.raises(ValueError, match="'other_instruction' needs at least two tasks; pass more tasks"):
         counterfactual(prompts, "other_instruction", tasks=[task])
-    with pytest.raises(ValueError, match="counterfactual='none' is unknown; choose one of shuffled_labels, no_instruction"):
+    with pytest.raises(
+        ValueError, match="counterfactual='none' is unknown; choose one of shuffled_labels, no_instruction"
+    ):
         counterfactual(prompts, "none")
 
 
@@ -198,11 +216,15 @@ def test_bad_prompts_and_answers_are_named(load, model):
     with pytest.raises(ValueError, match="2 prompts but 1 answers; give one answer per prompt"):
         tokenize(backend, ["a", "b"], ["c"])
     for answer in ("", "é"):
-        with pytest.raises(ValueError, match=rf"answer 1 \('{answer}'\) tokenizes to nothing; give every prompt an answer"):
+        with pytest.raises(
+            ValueError, match=rf"answer 1 \('{answer}'\) tokenizes to nothing; give every prompt an answer"
+        ):
             tokenize(backend, ["a", "b"], ["c", answer])
     with pytest.raises(ValueError, match="prompt 1 tokenizes to nothing; give it some text"):
         tokenize(backend_of(load("gpt_neox")), ["a", ""])
-    with pytest.raises(ValueError, match=r"prompt 0 has 128 tokens and its answer 1, but .* has a context of 128; use fewer"):
+    with pytest.raises(
+        ValueError, match=r"prompt 0 has 128 tokens and its answer 1, but .* has a context of 128; use fewer"
+    ):
         tokenize(backend, tiny.tokens(128), ["7"])
     assert len(tokenize(backend, tiny.tokens(127), ["7"])[0].prompt) == 127
 

@@ -15,7 +15,6 @@ from tests import tiny
 pytestmark = [
     pytest.mark.model,
     pytest.mark.filterwarnings("error:.*exact replay can't serve"),
-    pytest.mark.filterwarnings("ignore:.*HookedTransformer is deprecated"),
 ]
 
 REPLAYED = [name for name in tiny.CONFIGS if name != "bloom"]
@@ -64,7 +63,9 @@ def differences(model, prompts, replacement, position, **options):
     assert {len(row.answer) for row in rows} == {3}
     expected = torch.stack([reference(model, row.prompt, row.answer, replacement, position) for row in rows])
     common = {"position": position, **options}
-    first = head_effects(model, prompts, [a[0] for a in answers], replacement, metric="probability", **common).flatten(1)
+    first = head_effects(model, prompts, [a[0] for a in answers], replacement, metric="probability", **common).flatten(
+        1
+    )
     whole = head_effects(model, prompts, answers, replacement, metric="log_probability", **common).flatten(1)
     chance, together = expected[..., 0], expected.prod(-1)
     assert (chance[:, 1:] - chance[:, :1]).abs().max() > 5e-4, "the patches do nothing; the comparison would be empty"
@@ -131,7 +132,7 @@ def test_full_forward_passes_on_request_equal_the_reference(load, name):
 
 def test_replay_on_request_raises_for_a_model_it_cannot_serve(load):
     model = load("bloom")
-    with pytest.raises(RuntimeError, match="exact replay can't serve this model .* pass method='full' or 'auto'"):
+    with pytest.raises(RuntimeError, match=r"exact replay can't serve this model .* pass method='full' or 'auto'"):
         head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), method="replay")
 
 

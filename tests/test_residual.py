@@ -8,7 +8,7 @@ import torch
 from ivlens.patching import ResidualEffects, residual_effects
 from tests import tiny
 
-pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:.*HookedTransformer is deprecated")]
+pytestmark = pytest.mark.model
 
 ANSWER = "7%$"
 
@@ -94,7 +94,11 @@ def test_bad_arguments_are_refused_with_what_is_allowed(model):
         ((one, two, ["7"] * 2), {}, "1 clean but 2 corrupted prompts; give them in pairs"),
         ((one, one, None), {}, "answers are needed to measure an effect"),
         ((one, one, ["7"]), {"positions": [0]}, "position=0: positions count from the prompt's end"),
-        ((one, tiny.tokens(9), ["7"]), {"positions": [-6]}, "position=-6 is outside clean prompt 0, which has 5 tokens"),
+        (
+            (one, tiny.tokens(9), ["7"]),
+            {"positions": [-6]},
+            "position=-6 is outside clean prompt 0, which has 5 tokens",
+        ),
         ((tiny.tokens(9), one, ["7"]), {"positions": [-6]}, "position=-6 is outside prompt 0, which has 5 tokens"),
         ((one, one, ["7"]), {"metric": "odds"}, "metric='odds' is unknown"),
     ]

@@ -13,7 +13,9 @@ from ivlens.storage import read_tensors, write_tensors
 
 @pytest.fixture
 def path(tmp_path):
-    return write_tensors(tmp_path / "new" / "x.safetensors", {"a": torch.arange(6.0).view(2, 3).T}, {"kind": "test", "n": [1, 2]})
+    return write_tensors(
+        tmp_path / "new" / "x.safetensors", {"a": torch.arange(6.0).view(2, 3).T}, {"kind": "test", "n": [1, 2]}
+    )
 
 
 def test_tensors_and_description_come_back(path):
@@ -32,14 +34,18 @@ def test_a_failed_write_leaves_the_old_file_whole(path, monkeypatch):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*none.safetensors; give the path of a .safetensors file that ivlens saved"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file .*none.safetensors; give the path of a .safetensors file that ivlens saved"
+    ):
         read_tensors(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -4])
 def test_a_truncated_file_is_refused(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"x.safetensors is truncated or not a safetensors file .* save or download it again"):
+    with pytest.raises(
+        ValueError, match=r"x.safetensors is truncated or not a safetensors file .* save or download it again"
+    ):
         read_tensors(path)
 
 

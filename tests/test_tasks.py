@@ -136,7 +136,9 @@ def test_choice_tasks_know_the_content_behind_the_letter(suite):
         for x in task.train + task.valid + task.test:
             assert f"\n{x.output}. {x.content}" in x.input and x.input.startswith(x.question), (task.name, x)
         letters = [x.output for x in task.train]
-        assert max(letters.count(letter) for letter in set(letters)) <= 0.4 * len(letters), "no letter is the usual answer"
+        assert max(letters.count(letter) for letter in set(letters)) <= 0.4 * len(letters), (
+            "no letter is the usual answer"
+        )
 
 
 def test_rules_of_computable_tasks_hold(suite):
@@ -170,7 +172,11 @@ def test_tasks_are_loaded_by_name(suite):
 
 
 def test_unknown_tasks_suggest_near_names(suite):
-    for ask in (lambda: ivl.load_tasks("presnt_past"), lambda: suite["presnt_past"], lambda: suite.subset(["presnt_past"])):
+    for ask in (
+        lambda: ivl.load_tasks("presnt_past"),
+        lambda: suite["presnt_past"],
+        lambda: suite.subset(["presnt_past"]),
+    ):
         with pytest.raises(KeyError, match="unknown task 'presnt_past'; did you mean 'present_past'"):
             ask()
     with pytest.raises(KeyError, match=r"unknown task 'qqq'; choose from .*antonym.*sentiment"):

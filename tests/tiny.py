@@ -18,11 +18,10 @@ import ivlens as ivl
 
 HOOKED = find_spec("transformer_lens.HookedTransformer") is not None  # transformer-lens 3.9
 
-# fmt: off
-VERBS = (
-    "walk jump look talk call help open play stay rain paint clean cook laugh watch wait start end turn ask need learn work point"
-).split()
-# fmt: on
+VERBS = [
+    "walk", "jump", "look", "talk", "call", "help", "open", "play", "stay", "rain", "paint", "clean",
+    "cook", "laugh", "watch", "wait", "start", "end", "turn", "ask", "need", "learn", "work", "point",
+]  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -49,7 +48,10 @@ def save_tokenizer(folder: Path) -> Path:
 
 # -- Hugging Face models ------------------------------------------------------------------------------------------------
 
-_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 128}
+_SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}  # fmt: skip
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _WINDOW = 5  # shorter than the prompts of the tests
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -67,7 +69,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": (
         "Gemma2",
         {**_GROUPED, "head_dim": 16, "sliding_window": _WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 16,
-         "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+         "tie_word_embeddings": False, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     ),
     "gemma3": (
         "Gemma3Text",

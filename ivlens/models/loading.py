@@ -94,7 +94,7 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; give the path of a .gguf file")
         label, where, options = path.stem, str(path.parent), {**options, "gguf_file": path.name}
-    elif Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+    elif Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise OSError(_not_found(name))
     dtype = dtype or "auto"
     try:

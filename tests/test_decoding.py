@@ -1,0 +1,138 @@
+"""Greedy decoding and scoring of batches under injections against full forward passes, one prompt at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ivlens.decoding import complete
+from ivlens.models import backend_of
+from ivlens.prompts import TokenizedPrompt
+from ivlens.steering import Injection
+from tests import tiny
+
+pytestmark = pytest.mark.model
+
+NAMES = ["gpt2", "gptj", "llama", "mistral", "gemma3", "bloom"]
+
+
+@pytest.fixture(scope="module")
+def injections():
+    vector = 4 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return {"none": None} | {p: Injection({1: vector, 2: -0.5 * vector}, p) for p in ("last", "generated", "all")}
+
+
+@torch.inference_mode()
+def slow_logits(model, row, more, injection):
+    """Logits after the prompt and after each of the tokens `more`, by one full forward pass."""
+    n = len(row.prompt)
+    where = {"last": slice(n - 1, n), "generated": slice(n - 1, None), "all": slice(None)}
+
+    def add(vector):
+        def hook_fn(x, hook):
+            x = x.clone()
+            x[:, where[injection.positions]] += vector
+            return x
+
+        return hook_fn
+
+    additions = {} if injection is None else injection.additions
+    hooks = [(f"blocks.{layer}.hook_resid_post", add(vector)) for layer, vector in additions.items()]
+    return model.run_with_hooks(torch.tensor([[*row.prompt, *more]]), fwd_hooks=hooks)[0, n - 1 :].float()
+
+
+def slow_greedy(model, row, steps, injection, ends=()):
+    written = []
+    while len(written) < steps:
+        token = int(slow_logits(model, row, written, injection)[-1].argmax())
+        if token in ends:
+            break
+        written.append(token)
+    return model.tokenizer.decode(written)
+
+
+def rows_of(*lengths, answers=None):
+    answers = answers or [(7, 8, 9)] * len(lengths)
+    return [TokenizedPrompt(tuple(p.tolist()), a) for p, a in zip(tiny.tokens(*lengths), answers)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_equals_a_slow_greedy_loop_under_every_injection(load, injections, name):
+    model, rows = load(name), rows_of(9, 1, 6, 13)
+    ends = {model.tokenizer.eos_token_id}
+    done = complete(backend_of(model), rows, injections, max_new_tokens=5, stop=None)
+    for condition, injection in injections.items():
+        expected = [slow_greedy(model, row, 5, injection, ends) for row in rows]
+        assert done[condition].texts == expected, condition
+    assert len({tuple(d.texts) for d in done.values()}) >= 2, "the injections change the texts"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_equal_those_of_full_forward_passes_under_every_injection(load, injections, name):
+    model, backend = load(name), backend_of(load(name))
+    best = [int(slow_logits(model, row, [], None)[-1].argmax()) for row in rows_of(9, 1, 6, 13)]
+    rows = rows_of(9, 1, 6, 13, answers=[(7, 8, 9), (best[1], 5), (4,), (best[3],)])
+    done = complete(backend, rows, injections)
+    for condition, injection in injections.items():
+        for i, row in enumerate(rows):
+            chances = slow_logits(model, row, row.answer[:-1], injection).log_softmax(-1)
+            expected = sum(chances[j, token].item() for j, token in enumerate(row.answer))
+            assert done[condition].log_probability[i] == pytest.approx(expected, abs=2e-4)
+            assert done[condition].first_token[i] == float(chances[0].argmax() == row.answer[0])
+    assert done["none"].first_token == [0, 1, 0, 1] and done["none"].texts == [""] * 4
+
+
+def test_batches_of_any_size_and_order_give_the_same(model, injections):
+    rows = rows_of(9, 3, 6, 13, 3)
+    whole = complete(backend_of(model), rows, injections, max_new_tokens=4, stop=None)
+    for size in (1, 2):
+        parts = complete(backend_of(model), rows, injections, max_new_tokens=4, stop=None, batch_size=size)
+        for condition in injections:
+            assert parts[condition].texts == whole[condition].texts
+            assert parts[condition].log_probability == pytest.approx(whole[condition].log_probability, abs=1e-4)
+
+
+def test_a_stop_text_ends_one_continuation_and_not_the_others(model):
+    rows = rows_of(9, 6, 13)
+    (free,) = complete(backend_of(model), rows, {"": None}, max_new_tokens=8, stop=None).values()
+    stop = next(c for c in free.texts[0].lstrip()[1:] if c.strip() and c not in free.texts[0].lstrip()[0])
+    (stopped,) = complete(backend_of(model), rows, {"": None}, max_new_tokens=8, stop=stop).values()
+    for text, whole in zip(stopped.texts, free.texts):
+        lead = whole[: len(whole) - len(whole.lstrip())]
+        assert text == lead + whole.lstrip().split(stop)[0]
+    assert stopped.texts[0] != free.texts[0]
+
+
+@pytest.fixture
+def end_of_text(model):
+    """`end_of_text(token)` makes a token the tokenizer's end of text, for one test."""
+    tokenizer, before = model.tokenizer, model.tokenizer.eos_token
+    yield lambda token: setattr(tokenizer, "eos_token", tokenizer.convert_ids_to_tokens(token))
+    tokenizer.eos_token = before
+
+
+def test_the_end_of_text_token_ends_a_continuation(model, end_of_text):
+    rows = rows_of(9, 6)
+    (free,) = complete(backend_of(model), rows, {"": None}, max_new_tokens=6, stop=None).values()
+    ids = []
+    while len(ids) < 4:
+        ids.append(int(slow_logits(model, rows[0], ids, None)[-1].argmax()))
+    end = next(t for i, t in enumerate(ids) if i and t not in ids[:i])
+    end_of_text(end)
+    (ended,) = complete(backend_of(model), rows, {"": None}, max_new_tokens=6, stop=None).values()
+    assert ended.texts[0] == model.tokenizer.decode(ids[: ids.index(end)]) != free.texts[0]
+    assert ended.texts[1] == slow_greedy(model, rows[1], 6, None, {end})
+
+
+def test_no_hooks_are_left_and_the_prompts_are_read_once_for_all_injections(model, injections, monkeypatch):
+    backend, widths = backend_of(model), []
+    forward = type(backend).forward
+
+    def counted(self, tokens, mask, **options):
+        widths.append(tokens.shape[1])
+        return forward(self, tokens, mask, **options)
+
+    monkeypatch.setattr(type(backend), "forward", counted)
+    complete(backend, rows_of(9, 9), injections, max_new_tokens=2, stop=None)
+    assert [w for w in widths if w > 3] == [8, 8], "once for all, once more for the one that acts on every position"
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
