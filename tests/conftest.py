@@ -8,9 +8,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-import ivlens as ivl
-from tests import tiny
+# Where tensors travel, the shapes in the annotations are checked while the tests run.
+CHECKED = (
+    "models",
+    "patching.replay",
+    "patching.heads",
+    "patching.residual",
+    "patching.metrics",
+    "decoding",
+    "extraction",
+)
+install_import_hook([f"ivlens.{room}" for room in CHECKED], "beartype.beartype")
+
+import ivlens as ivl  # noqa: E402
+from tests import tiny  # noqa: E402
 
 
 def pytest_configure(config):
