@@ -49,6 +49,8 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
         scores.save(out / "evaluation.json")
     with _timed("generate", seconds):
         steered = _side_by_side(model, vectors)
+        tables = {name: table.to_dataframe().to_dict("records") for name, table in steered.items()}
+        (out / "generations.json").write_text(json.dumps(tables, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     _draw(effects, out / "heatmap.png")
     (out / "seconds.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
     return _report(out, effects, searches, vectors, scores, steered)
