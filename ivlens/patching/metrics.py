@@ -29,18 +29,23 @@ def measure(
     if metric == "accuracy":
         return ((logits.argmax(-1) == index[..., 0]) | ~answer_mask[:, None]).all(-1).float()
     if metric != "log_probability":
-        first = logits[:, :, 0].float()
-        chosen = first.gather(-1, index[:, :, 0])[..., 0]
+        first = logits[:, :, 0]
+        chosen = first.gather(-1, index[:, :, 0])[..., 0].float()
         if metric == "logit":
             return chosen
         if metric == "logit_difference":
             if distractors is None:
                 raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
-            return chosen - first.gather(-1, distractors[:, None, None].expand(-1, first.shape[1], 1))[..., 0]
-        return (chosen - first.logsumexp(-1)).exp()
-    logits = logits.float()
-    per_token = logits.gather(-1, index)[..., 0] - logits.logsumexp(-1)
+            wrong = first.gather(-1, distractors[:, None, None].expand(-1, first.shape[1], 1))[..., 0]
+            return chosen - wrong.float()
+        return (chosen - _log_normalizer(first)).exp()
+    per_token = logits.gather(-1, index)[..., 0].float() - _log_normalizer(logits)
     return torch.where(answer_mask[:, None], per_token, 0.0).sum(-1)
+
+
+def _log_normalizer(logits: Float[Tensor, "batch copy *answer d_vocab"]) -> Float[Tensor, "batch copy *answer"]:
+    """logsumexp in float32, some copies at a time: temporaries as large as the logits cost more than the sums."""
+    return torch.stack([torch.cat([x.float().logsumexp(-1) for x in row.split(32)]) for row in logits])
 
 
 def check_metric(metric: str) -> None:
