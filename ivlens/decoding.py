@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backends import Backend
-from ivlens.prompts import TokenizedPrompt, pad_left
+from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
 from ivlens.steering import Injection
 
 __all__ = ["Completions", "complete"]
@@ -138,9 +138,7 @@ class _Run:
 
 def _score(run: _Run, batch: Sequence[TokenizedPrompt]) -> tuple[list[float], list[float]]:
     """First-token hit and log-probability of each answer, teacher-forced."""
-    longest, device = max(len(r.answer) for r in batch), run.fed.device
-    answers = torch.tensor([r.answer + r.answer[-1:] * (longest - len(r.answer)) for r in batch], device=device)
-    counted = torch.tensor([[j < len(r.answer) for j in range(longest)] for r in batch], device=device)
+    answers, counted = fill_right([r.answer for r in batch], run.fed.device)
     logits = run.along(answers).float()
     first = (logits[:, 0].argmax(-1) == answers[:, 0]).float().tolist()
     per_token = logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)

@@ -26,6 +26,7 @@ __all__ = [
     "TokenizedPrompt",
     "build_prompts",
     "counterfactual",
+    "fill_right",
     "pad_left",
     "tokenize",
 ]
@@ -315,3 +316,11 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> tup
     tokens = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     return tokens, mask
+
+
+def fill_right(rows: Sequence[Sequence[int]], device: Any = None) -> tuple[Tensor, Tensor]:
+    """Answers filled up on the right, where nothing looks back, with their last token; and which tokens count."""
+    longest = max(map(len, rows))
+    filled = [list(r) + list(r[-1:]) * (longest - len(r)) for r in rows]
+    counted = [[j < len(r) for j in range(longest)] for r in rows]
+    return torch.tensor(filled, dtype=torch.long, device=device), torch.tensor(counted, dtype=torch.bool, device=device)

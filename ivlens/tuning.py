@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ivlens.extraction import random_vector
 from ivlens.models.backends import backend_of
-from ivlens.patching.replay import Sites, Sweep
+from ivlens.patching.residual import Edit, edit_effects
 from ivlens.prompts import build_prompts, tokenize
 from ivlens.tasks.task import Task
 from ivlens.vectors import InstructionVector
@@ -110,18 +110,15 @@ def tune_injection(
     prompts = build_prompts(
         task, n=n_prompts, shots=shots, instruction=instruction, style=style, split=split, seed=seed
     )
-    order = sorted(range(len(layers)), key=lambda i: layers[i])
-    tries = [(layers[i], s, v) for i in order for s in scales for v in (vector, random_vector(vector, seed=seed))]
-
-    def write(layer: int, sites: list[int], x: Tensor) -> None:
-        for i, site in enumerate(sites):
-            x[:, i] += tries[site][1] * tries[site][2].vector.to(x)
-
-    sites = Sites([t[0] for t in tries], backend.resid_hook, write)
-    sweep = Sweep(backend, tokenize(backend, prompts), sites, metric="accuracy", method=method, max_rows=max_rows)
-    done = list(sweep.run())
-    hits = torch.cat([s.values for s in done]).mean(0).unflatten(0, (len(layers), len(scales), 2))
-    found = torch.empty_like(hits)
-    found[order] = hits
-    baseline = torch.cat([s.baseline for s in done]).mean().item()
-    return InjectionSearch(vector, found[..., 0], found[..., 1], baseline, layers, scales, len(prompts), goal)
+    tries = [
+        Edit({layer: scale * v.vector})
+        for layer in layers
+        for scale in scales
+        for v in (vector, random_vector(vector, seed=seed))
+    ]
+    options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
+    values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, **options)
+    found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
+    return InjectionSearch(
+        vector, found[..., 0], found[..., 1], baseline.mean().item(), layers, scales, len(prompts), goal
+    )

@@ -220,7 +220,7 @@ def test_the_model_is_as_before_after_replay(model):
 def test_unordered_layers_and_unknown_methods_are_refused(model):
     backend, prompts = backend_of(model), tokenize(backend_of(model), tiny.tokens(6), ["7"])
     with pytest.raises(ValueError, match="must be ascending"):
-        Sweep(backend, prompts, Sites([1, 0], backend.z_hook, lambda *a: None), metric="probability")
+        Sweep(backend, prompts, Sites([[1], [0]], backend.z_hook, lambda *a: None), metric="probability")
     with pytest.raises(ValueError, match="method='quick' is unknown; choose 'auto', 'replay' or 'full'"):
         head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), method="quick")
 

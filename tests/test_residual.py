@@ -105,3 +105,39 @@ def test_bad_arguments_are_refused_with_what_is_allowed(model):
     for args, options, message in cases:
         with pytest.raises(ValueError, match=message):
             residual_effects(model, *args, progress=False, **options)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_edits_over_several_layers_with_a_value_per_prompt_equal_plain_hooks(load, name):
+    from ivlens.models import backend_of
+    from ivlens.patching.residual import Edit, edit_effects
+    from ivlens.prompts import tokenize
+
+    model, prompts = load(name), tiny.tokens(7, 9, 12, seed=3)
+    backend, generator = backend_of(model), torch.Generator().manual_seed(0)
+    each = [torch.randn(3, backend.d_model, generator=generator) for _ in range(3)]
+    edits = [Edit({2: each[0][0]}), Edit({0: each[1], 2: each[2]}), Edit({1: each[0]}, replace=True)]
+    rows = tokenize(backend, prompts, [ANSWER] * 3)
+    values, baseline = edit_effects(backend, rows, edits, metric="log_probability", method="replay")
+    for i, row in enumerate(rows):
+        whole = torch.tensor([row.prompt + row.answer[:-1]])
+
+        def score(hooks, row=row, whole=whole):
+            chances = model.run_with_hooks(whole, fwd_hooks=hooks)[0, len(row.prompt) - 1 :].float().log_softmax(-1)
+            return sum(chances[j, token].item() for j, token in enumerate(row.answer))
+
+        def hooks(edit, i=i, row=row):
+            def at(layer):
+                def change(x, hook):
+                    value = edit.values[layer] if edit.values[layer].dim() == 1 else edit.values[layer][i]
+                    x[0, len(row.prompt) - 1] = value if edit.replace else x[0, len(row.prompt) - 1] + value
+                    return x
+
+                return change
+
+            return [(f"blocks.{layer}.hook_resid_post", at(layer)) for layer in edit.values]
+
+        with torch.inference_mode():
+            assert baseline[i].item() == pytest.approx(score([]), abs=1e-4)
+            for j, edit in enumerate(edits):
+                assert values[i, j].item() == pytest.approx(score(hooks(edit)), abs=2e-4)

@@ -6,6 +6,7 @@ Everything that differs between `TransformerBridge` (transformer-lens 4.x) and `
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Backend", "Prefix", "backend_of"]
+__all__ = ["Backend", "Prefix", "backend_of", "weights_fingerprint"]
 
 Hook = tuple[str, Callable]
 
@@ -177,6 +178,16 @@ def append_copies(x: Float[Tensor, "batch rows d"], block: int, new: int) -> Flo
 def position_ids(attention_mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     """Positions counted from the first real token, whichever side the padding is on."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Tells models apart by some of every weight: fine-tuning may leave any of them alone. The same in every dtype."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        some = weight.detach().flatten()
+        some = some[:: max(len(some) // 64, 1)].to("cpu", torch.bfloat16)
+        digest.update(some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def backend_of(model: Any) -> Backend:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,9 +48,10 @@ class BridgeBackend(Backend):
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if "position_ids" not in parameters and not open_ended:
             inputs.pop("position_ids")  # e.g. ALiBi models: the self-check decides whether replay serves them
-        if "logits_to_keep" in parameters:
-            return self.hf_model(logits_to_keep=keep, use_cache=True, **inputs).logits
-        logits = self.hf_model(use_cache=True, **inputs).logits
+        with _no_zero_bias(getattr(self.model, "unembed", None)):
+            if "logits_to_keep" in parameters:
+                return self.hf_model(logits_to_keep=keep, use_cache=True, **inputs).logits
+            logits = self.hf_model(use_cache=True, **inputs).logits
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
     def forward(self, tokens, attention_mask, *, cache=None, keep=1):
@@ -139,6 +141,21 @@ class BridgeBackend(Backend):
         alone[index, index] = z.to(parameter.device, dtype)
         out = projection(alone.flatten(1)[:, None])[:, 0]
         return (out[:-1] - out[-1]).to(z)
+
+
+@contextmanager
+def _no_zero_bias(unembed: Any) -> Iterator[None]:
+    """Take away, meanwhile, the zeros that the bridge adds as a bias: on every copy's logits they cost 6 % of a sweep."""
+    buffers = getattr(getattr(unembed, "original_component", None), "_buffers", {})
+    bias = buffers.get("bias")
+    if bias is None or bias.is_meta or bias.any():
+        yield
+        return
+    buffers["bias"] = None
+    try:
+        yield
+    finally:
+        buffers["bias"] = bias
 
 
 def _causal(attention_mask: Tensor, queries: int) -> Tensor:

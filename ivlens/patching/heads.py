@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.models.backends import Backend, backend_of
+from ivlens.models.backends import backend_of, weights_fingerprint
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.metrics import check_metric
+from ivlens.patching.reading import read_prompts
 from ivlens.patching.replay import Sites, Sweep
-from ivlens.prompts import Prompt, TokenizedPrompt, build_prompts, counterfactual, pad_left, tokenize
+from ivlens.prompts import Prompt, TokenizedPrompt, build_prompts, counterfactual, tokenize
 from ivlens.storage import read_tensors, write_tensors
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
@@ -47,40 +48,17 @@ def mean_head_outputs(
     """
     backend = backend_of(model)
     backend.check_hooks()
-    tokenized = tokenize(backend, prompts)
-    total = torch.zeros(backend.n_layers, backend.n_heads, backend.d_head, dtype=torch.float64)
-    counted = 0
-    with tqdm(total=len(prompts), desc="mean head outputs", disable=not progress) as bar:
-        for start in range(0, len(tokenized), batch_size):
-            rows = tokenized[start : start + batch_size]
-            z, logits = _last_head_outputs(backend, rows)
-            keep = torch.ones(len(rows), dtype=torch.bool)
-            if only_correct:
-                keep = logits.argmax(-1).cpu() == torch.tensor([r.answer[0] for r in rows])
-            total += z[keep].sum(0)
-            counted += int(keep.sum())
-            bar.update(len(rows))
-    if not counted:
+    rows = tokenize(backend, prompts)
+    # Scored by the first token of the answer, which needs no answer tokens in the input.
+    rows = [TokenizedPrompt(r.prompt, r.answer[:1] if only_correct else ()) for r in rows]
+    with tqdm(total=len(rows), desc="mean head outputs", disable=not progress) as bar:
+        read = read_prompts(backend, rows, z=True, batch_size=batch_size, bar=bar)
+    z = read.z[read.scores["accuracy"] == 1] if only_correct else read.z
+    if not len(z):
         raise ValueError(
             "the model answers none of the prompts correctly; use more shots, other prompts, or only_correct=False"
         )
-    return (total / counted).float()
-
-
-def _last_head_outputs(backend: Backend, rows: list[TokenizedPrompt]) -> tuple[Tensor, Tensor]:
-    """Head outputs [batch, layer, head, d_head] (float64) and logits [batch, d_vocab] at the last prompt token."""
-    tokens, mask = pad_left([r.prompt for r in rows], rows[0].prompt[0], backend.device)
-    z: dict[int, Tensor] = {}
-
-    def keep(layer: int):
-        def hook_fn(x: Tensor, hook: Any) -> None:
-            z[layer] = x[:, -1].double().cpu()
-
-        return hook_fn
-
-    with backend.model.hooks(fwd_hooks=[(backend.z_hook(layer), keep(layer)) for layer in range(backend.n_layers)]):
-        logits = backend.forward(tokens, mask)[:, -1]
-    return torch.stack([z[layer] for layer in range(backend.n_layers)], dim=1), logits
+    return z.double().mean(0).float()
 
 
 def head_effects(
@@ -154,11 +132,11 @@ def _sweep_heads(
     heads = [(layer, head) for layer in range(backend.n_layers) for head in range(backend.n_heads)]
     replacement = replacement.to(backend.device)
 
-    def write(layer: int, sites: list[int], x: Tensor) -> None:
+    def write(layer: int, sites: list[int], rows: list[int], x: Tensor) -> None:
         for i, site in enumerate(sites):
             x[:, i, heads[site][1]] = replacement[layer, heads[site][1]].to(x)
 
-    sites = Sites([layer for layer, _ in heads], backend.z_hook, write)
+    sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write)
     return Sweep(
         backend, tokenized, sites, metric=metric, position=position, method=method, max_rows=max_rows, distractors=wrong
     )
@@ -186,14 +164,12 @@ def _fingerprint(sweep: Sweep) -> str:
     """What must be the same for kept results to count: model, prompts, patches, metric."""
     backend = sweep.backend
     probe = torch.zeros(1, len(sweep.sites.layers), backend.n_heads, backend.d_head, device=backend.device)
-    for site, layer in enumerate(sweep.sites.layers):
-        sweep.sites.write(layer, [site], probe[:, site : site + 1])
+    for site, (layer,) in enumerate(sweep.sites.layers):
+        sweep.sites.write(layer, [site], [0], probe[:, site : site + 1])
     text = repr((backend.name, backend.signature, sweep.prompts, sweep.metric, sweep.from_end, sweep.distractors))
     digest = hashlib.sha256(text.encode())
     digest.update(probe.cpu().numpy().tobytes())
-    for weight in backend.model.parameters():  # some of every tensor: fine-tuning may leave any of them alone
-        some = weight.detach().flatten()
-        digest.update(some[:: max(len(some) // 64, 1)].float().cpu().numpy().tobytes())
+    digest.update(weights_fingerprint(backend.model).encode())
     return digest.hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ivlens.models.backends import Backend, Prefix
 from ivlens.patching.metrics import WHOLE_ANSWER, measure
-from ivlens.prompts import TokenizedPrompt, pad_left
+from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
 
 __all__ = ["Sites", "Sweep", "Swept"]
 
@@ -32,17 +32,17 @@ class Sites:
     Attributes
     ----------
     layers
-        Layer of every patch, ascending.
+        The layers of every patch, ascending; patches are sorted by their first.
     hook
         From a layer to the name of the hook point patched there.
     write
-        `write(layer, sites, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites' copies
-        at the patched position; `sites` index into `layers`.
+        `write(layer, sites, rows, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites'
+        copies at the patched position; `sites` index into `layers`, `rows` into the prompts.
     """
 
-    layers: Sequence[int]
+    layers: Sequence[Sequence[int]]
     hook: Callable[[int], str]
-    write: Callable[[int, list[int], Tensor], None]
+    write: Callable[[int, list[int], list[int], Tensor], None]
 
 
 @dataclass
@@ -100,8 +100,9 @@ class Sweep:
     ):
         if method not in ("auto", "replay", "full"):
             raise ValueError(f"method={method!r} is unknown; choose 'auto', 'replay' or 'full'")
-        if list(sites.layers) != sorted(sites.layers):
-            raise ValueError("the layers of the sites must be ascending")
+        first = [layers[0] for layers in sites.layers]
+        if first != sorted(first):
+            raise ValueError("the first layers of the sites must be ascending")
         self.backend, self.prompts, self.sites, self.metric = backend, prompts, sites, metric
         self.method = "replay" if checked and method == "auto" else method
         self.distractors, self.checked = distractors, checked
@@ -161,25 +162,28 @@ class Sweep:
         return Swept(batch.index, values, baseline.cpu())
 
     def _run_copies(self, prefix: Prefix, sites: list[int], batch: Batch) -> Tensor:
-        by_layer: dict[int, list[int]] = {}
-        for site in sites:
-            by_layer.setdefault(self.sites.layers[site], []).append(site)
-        new = [len(by_layer.get(layer, ())) for layer in range(self.backend.n_layers)]
+        new = [0] * self.backend.n_layers
+        places: dict[int, list[int]] = {}  # which of these sites act at a layer; copy 0 is the unpatched one
+        for place, site in enumerate(sites):
+            new[self.sites.layers[site][0]] += 1
+            for layer in self.sites.layers[site]:
+                places.setdefault(layer, []).append(place)
         fired: list[int] = []
         hooks = []
-        for layer, here in by_layer.items():
-            first = 1 + sum(new[:layer])
+        for layer, here in places.items():
 
-            def edit(x: Tensor, hook, layer=layer, here=here, first=first) -> Tensor:
-                copies = x.unflatten(1, (-1, prefix.block))[:, first : first + len(here), 0]
-                self.sites.write(layer, here, copies)
+            def edit(x: Tensor, hook, layer=layer, here=here) -> Tensor:
+                copies = x.unflatten(1, (-1, prefix.block))[:, 1:, 0]
+                some = copies[:, here]
+                self.sites.write(layer, [sites[place] for place in here], batch.index, some)
+                copies[:, here] = some
                 fired.append(layer)
                 return x
 
             hooks.append((self.sites.hook(layer), edit))
         logits = self.backend.run_copies(prefix, new, hooks, batch.keep)
-        if sorted(fired) != sorted(by_layer):
-            raise ReplayError(f"hooks fired at layers {sorted(fired)} instead of {sorted(by_layer)}")
+        if sorted(fired) != sorted(places):
+            raise ReplayError(f"hooks fired at layers {sorted(fired)} instead of {sorted(places)}")
         # Copy 0 went the whole way unpatched, so every pass checks mask, positions and cache against the plain forward.
         difference = _probability_difference(logits[:, 0], prefix.logits)
         if not difference <= self._tolerance:
@@ -200,18 +204,21 @@ class Sweep:
     def _forward(self, batch: Batch, site: int | None = None) -> Float[Tensor, "batch answer d_vocab"]:
         if site is None:
             return self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
-        layer = self.sites.layers[site]
-        fired = []
+        layers, fired = self.sites.layers[site], []
 
-        def edit(x: Tensor, hook) -> Tensor:
-            self.sites.write(layer, [site], x[:, -batch.block].unsqueeze(1))
-            fired.append(layer)
-            return x
+        def edit_at(layer: int) -> Callable:
+            def edit(x: Tensor, hook) -> Tensor:
+                self.sites.write(layer, [site], batch.index, x[:, -batch.block].unsqueeze(1))
+                fired.append(layer)
+                return x
 
-        with self.backend.model.hooks(fwd_hooks=[(self.sites.hook(layer), edit)]):
+            return edit
+
+        with self.backend.model.hooks(fwd_hooks=[(self.sites.hook(layer), edit_at(layer)) for layer in layers]):
             logits = self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
-        if not fired:
-            raise RuntimeError(f"the hook {self.sites.hook(layer)} didn't fire; this model can't be patched there")
+        if missing := set(layers) - set(fired):
+            hook = self.sites.hook(min(missing))
+            raise RuntimeError(f"the hook {hook} didn't fire; this model can't be patched there")
         return logits
 
     # -- the choice between them ------------------------------------------------------------------------------------
@@ -264,21 +271,19 @@ class Sweep:
 
     def _batch(self, index: list[int]) -> Batch:
         index = [i for i in index if self.from_end[i] == self.from_end[index[0]]]
-        answers = [self.scored[i] for i in index]
-        longest = max(map(len, answers))
         device = self.backend.device
-        # The last answer token is never an input. Shorter answers are filled up on the right, where nothing looks back.
-        filled = [a + a[-1:] * (longest - len(a)) for a in answers]
-        rows = [self.prompts[i].prompt + a[:-1] for i, a in zip(index, filled)]
+        answers, answer_mask = fill_right([self.scored[i] for i in index], device)
+        # The last answer token is never an input.
+        rows = [self.prompts[i].prompt + tuple(a[:-1]) for i, a in zip(index, answers.tolist())]
         tokens, mask = pad_left(rows, rows[0][0], device)
         return Batch(
             index,
             tokens,
             mask,
-            torch.tensor(filled, device=device),
-            torch.tensor([[j < len(a) for j in range(longest)] for a in answers], device=device),
+            answers,
+            answer_mask,
             None if self.distractors is None else torch.tensor([self.distractors[i] for i in index], device=device),
-            self.from_end[index[0]] + longest - 1,
+            self.from_end[index[0]] + answers.shape[1] - 1,
         )
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from ivlens.models.backends import Backend, backend_of
 from ivlens.patching.metrics import check_metric
+from ivlens.patching.reading import read_prompts
 from ivlens.patching.replay import Sites, Sweep
-from ivlens.prompts import Prompt, TokenizedPrompt, pad_left, tokenize
+from ivlens.prompts import Prompt, TokenizedPrompt, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["ResidualEffects", "residual_effects"]
+__all__ = ["Edit", "ResidualEffects", "edit_effects", "residual_effects"]
 
 
 @dataclass(frozen=True)
@@ -91,64 +92,69 @@ def residual_effects(
     positions
         Patched positions, counted from the prompt's end.
     """
-    check_metric(metric)
     backend = backend_of(model)
     corrupted_tokens = tokenize(backend, corrupted, answers)
     clean_tokens = tokenize(backend, clean)
     if len(clean_tokens) != len(corrupted_tokens):
         raise ValueError(f"{len(clean_tokens)} clean but {len(corrupted_tokens)} corrupted prompts; give them in pairs")
-    if not all(t.answer for t in corrupted_tokens):
-        raise ValueError("answers are needed to measure an effect; pass one text per prompt")
+    if max(positions) >= 0:
+        raise ValueError(f"position={max(positions)}: positions count from the prompt's end, -1 is its last token")
+    for i, row in enumerate(clean_tokens):
+        if -min(positions) > len(row.prompt):
+            raise ValueError(f"position={min(positions)} is outside clean prompt {i}, which has {len(row.prompt)} tokens")
+    clean_tokens = [TokenizedPrompt(row.prompt) for row in clean_tokens]  # their answers aren't needed
     columns = []
-    with tqdm(total=len(positions) * len(corrupted_tokens), desc="patching residuals", disable=not progress) as bar:
-        for position in positions:
-            if position >= 0:
-                raise ValueError(f"position={position}: positions count from the prompt's end, -1 is its last token")
-            columns.append(_at(backend, clean_tokens, corrupted_tokens, position, metric, method, max_rows, bar))
+    for position in tqdm(positions, desc="patching residuals", disable=not progress):
+        states = read_prompts(backend, clean_tokens, resid=True, position=position).resid
+        edits = [Edit({layer: states[:, layer]}, replace=True) for layer in range(backend.n_layers)]
+        options = {"metric": metric, "position": position, "method": method, "max_rows": max_rows}
+        values, baseline = edit_effects(backend, corrupted_tokens, edits, **options)
+        columns.append(values - baseline[:, None])
     return ResidualEffects(torch.stack(columns, dim=-1), tuple(positions), metric)
 
 
-def _at(
+@dataclass(frozen=True)
+class Edit:
+    """A change to the residual stream at one position: after each of these layers, add the value or put it in its place.
+
+    A value is [d_model], or [prompt d_model] for one per prompt.
+    """
+
+    values: Mapping[int, Tensor]
+    replace: bool = False
+
+
+def edit_effects(
     backend: Backend,
-    clean: list[TokenizedPrompt],
-    corrupted: list[TokenizedPrompt],
-    position: int,
+    rows: Sequence[TokenizedPrompt],
+    edits: Sequence[Edit],
+    *,
     metric: str,
-    method: str,
-    max_rows: int | None,
-    bar: tqdm,
-) -> Float[Tensor, "prompt layer"]:
-    """Effects at one position. Each prompt has its own replacement, so each is a sweep of its own."""
-    columns = torch.empty(len(corrupted), backend.n_layers)
-    for i, (whole, broken) in enumerate(zip(clean, corrupted)):
-        if position < -len(whole.prompt):
-            raise ValueError(f"position={position} is outside clean prompt {i}, which has {len(whole.prompt)} tokens")
-        replacement = _residuals(backend, whole, position)
+    position: int = -1,
+    method: str = "auto",
+    max_rows: int | None = None,
+    bar: tqdm | None = None,
+) -> tuple[Float[Tensor, "prompt edit"], Float[Tensor, " prompt"]]:
+    """The metric of every prompt under every edit, and without any: all edits in one replay of each prompt's end."""
+    check_metric(metric)
+    if not all(row.answer for row in rows):
+        raise ValueError("answers are needed to measure an effect; pass one text per prompt")
+    order = sorted(range(len(edits)), key=lambda i: min(edits[i].values))
 
-        def write(layer: int, sites: list[int], x: Tensor, replacement: Tensor = replacement) -> None:
-            x[:, 0] = replacement[layer].to(x)
+    def write(layer: int, sites: list[int], prompts: list[int], x: Tensor) -> None:
+        for i, site in enumerate(sites):
+            edit = edits[order[site]]
+            value = edit.values[layer]
+            value = (value[prompts] if value.dim() == 2 else value).to(x)
+            x[:, i] = value if edit.replace else x[:, i] + value
 
-        sites = Sites(range(backend.n_layers), backend.resid_hook, write)
-        options = {"metric": metric, "position": position, "method": method, "max_rows": max_rows}
-        sweep = Sweep(backend, [broken], sites, **options, checked=i > 0)
-        for swept in sweep.run():
-            columns[i] = (swept.values - swept.baseline[:, None])[0]
-        method = sweep.method
-        bar.update()
-    return columns
-
-
-@torch.inference_mode()
-def _residuals(backend: Backend, prompt: TokenizedPrompt, position: int) -> Float[Tensor, "layer d_model"]:
-    tokens, mask = pad_left([prompt.prompt], 0, backend.device)
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int):
-        def hook_fn(x: Tensor, hook: Any) -> None:
-            kept[layer] = x[0, position].clone()
-
-        return hook_fn
-
-    with backend.model.hooks(fwd_hooks=[(backend.resid_hook(layer), keep(layer)) for layer in range(backend.n_layers)]):
-        backend.forward(tokens, mask)
-    return torch.stack([kept[layer].to(backend.device) for layer in range(backend.n_layers)])
+    sites = Sites([sorted(edits[i].values) for i in order], backend.resid_hook, write)
+    sweep = Sweep(backend, rows, sites, metric=metric, position=position, method=method, max_rows=max_rows)
+    values, baseline = torch.empty(len(rows), len(edits)), torch.empty(len(rows))
+    columns = torch.tensor(order)
+    for swept in sweep.run():
+        values[torch.tensor(swept.index)[:, None], columns] = swept.values
+        baseline[swept.index] = swept.baseline
+        if bar is not None:
+            bar.update(len(swept.index))
+    return values, baseline

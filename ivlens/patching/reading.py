@@ -1,0 +1,96 @@
+"""What a model does on prompts, read at their last token in one forward pass each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ivlens.models.backends import Backend
+from ivlens.patching.metrics import measure
+from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
+
+__all__ = ["Reading", "read_prompts"]
+
+SCORES = ("accuracy", "log_probability")
+
+
+@dataclass
+class Reading:
+    """Activations at one position, and scores of the answers, of every prompt.
+
+    Attributes
+    ----------
+    z, resid
+        Heads' outputs and residual streams after each layer, on the CPU; None where not asked for.
+    scores
+        `accuracy` and `log_probability` of the whole answer, teacher-forced (see `metrics.measure`); empty without answers.
+    """
+
+    z: Float[Tensor, "prompt layer head d_head"] | None = None
+    resid: Float[Tensor, "prompt layer d_model"] | None = None
+    scores: dict[str, Float[Tensor, " prompt"]] = field(default_factory=dict)
+
+
+@torch.inference_mode()
+def read_prompts(
+    backend: Backend,
+    rows: Sequence[TokenizedPrompt],
+    *,
+    z: bool = False,
+    resid: bool = False,
+    position: int = -1,
+    batch_size: int = 8,
+    bar: tqdm | None = None,
+) -> Reading:
+    """Run every prompt, with its answer where it has one, and keep what was asked for.
+
+    Parameters
+    ----------
+    position
+        Where to read activations, counted from the prompt's end: -1 is its last token.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # little padding
+    place = torch.empty(len(rows), dtype=torch.long)
+    place[order] = torch.arange(len(rows))
+    kept: dict[str, list[Tensor]] = {}
+    for start in range(0, len(order), batch_size):
+        batch = [rows[i] for i in order[start : start + batch_size]]
+        for name, values in _read_batch(backend, batch, z, resid, position).items():
+            kept.setdefault(name, []).append(values)
+        if bar is not None:
+            bar.update(len(batch))
+    found = {name: torch.cat(parts)[place] for name, parts in kept.items()}
+    return Reading(found.pop("z", None), found.pop("resid", None), found)
+
+
+def _read_batch(
+    backend: Backend, batch: Sequence[TokenizedPrompt], z: bool, resid: bool, position: int
+) -> dict[str, Tensor]:
+    answers, answer_mask = fill_right([r.answer for r in batch], backend.device)
+    keep = max(answers.shape[1], 1)
+    fed = [r.prompt + tuple(a[: keep - 1]) for r, a in zip(batch, answers.tolist())]
+    tokens, mask = pad_left(fed, fed[0][0], backend.device)
+    found: dict[str, list[Tensor]] = {"z": [], "resid": []}
+
+    def keep_in(name: str) -> Callable:
+        return lambda x, hook: found[name].append(x[:, position - keep + 1].float().cpu())
+
+    layers = range(backend.n_layers)
+    hooks: list[tuple[str, Any]] = [(backend.z_hook(layer), keep_in("z")) for layer in layers if z]
+    hooks += [(backend.resid_hook(layer), keep_in("resid")) for layer in layers if resid]
+    with backend.model.hooks(fwd_hooks=hooks):
+        logits = backend.forward(tokens, mask, keep=keep)
+    for name, wanted in (("z", z), ("resid", resid)):
+        if wanted and len(found[name]) != backend.n_layers:
+            raise RuntimeError(f"only {len(found[name])} of {backend.n_layers} {name} hooks fired; the model can't be read")
+    read = {name: torch.stack(parts, dim=1) for name, parts in found.items() if parts}
+    if answers.shape[1]:
+        for name in SCORES:
+            read[name] = measure(name, logits[:, None], answers, answer_mask)[:, 0].cpu()
+    return read
