@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tempfile
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ivlens.models.backends import backend_of
+from ivlens.models.adapters import add_adapter
+from ivlens.models.backends import Backend, backend_of, weights_fingerprint
 from ivlens.models.smollm2 import smollm2_folder
 
 __all__ = ["load_model"]
@@ -59,16 +61,10 @@ def load_model(
         return name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" and device_map is None else None)
-    if isinstance(name, (str, Path)):
-        options = {"revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}
-        hf_model, tokenizer, label = _from_name(str(name), tokenizer, dtype, options)
-    else:
-        hf_model, label = name, getattr(getattr(name, "config", None), "_name_or_path", "") or type(name).__name__
-        tokenizer = tokenizer or _tokenizer_of(hf_model, label)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}
+    hf_model, tokenizer, label = load_hf(name, tokenizer, dtype, **options)
     if adapter is not None:
-        from peft import PeftModel
-
-        hf_model = PeftModel.from_pretrained(hf_model, str(adapter))
+        hf_model = add_adapter(hf_model, adapter, label=label, fingerprint=weights_fingerprint(hf_model))
     if device_map is None:
         hf_model = hf_model.to(device)
     if dtype is not None:
@@ -81,6 +77,29 @@ def load_model(
 
 
 # -- Hugging Face models ------------------------------------------------------------------------------------------------
+
+
+def load_hf(name: Any, tokenizer: Any = None, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any, str]:
+    """A Hugging Face model from a name or an object, its tokenizer, and what to call it."""
+    if isinstance(name, (str, Path)):
+        return _from_name(str(name), tokenizer, dtype, options)
+    label = getattr(getattr(name, "config", None), "_name_or_path", "") or type(name).__name__
+    return name, tokenizer or _tokenizer_of(name, label), label
+
+
+def tokenizing_backend(hf_model: Any, tokenizer: Any, label: str) -> Backend:
+    """A backend that tokenizes as that of the hooked model would, without hooking the model, which would change it in place.
+
+    Which models want a BOS is known to transformer-lens's adapter of the architecture: boot one layer of it.
+    """
+    config = copy.deepcopy(hf_model.config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
+    config.architectures = config.architectures or [type(hf_model).__name__]
+    with torch.random.fork_rng():
+        small = type(hf_model)(config)
+    bridge = _to_bridge(small, _with_path(tokenizer), label)
+    bridge.cfg.model_name = label
+    return backend_of(bridge)
 
 
 def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> tuple[Any, Any, str]:
@@ -233,6 +252,4 @@ def _check_conversion(hf_model: Any, model: Any) -> None:
 
 def _merged(peft_model: Any) -> Any:
     """The adapters merged into a copy, so that the caller's model keeps them apart."""
-    import copy
-
     return copy.deepcopy(peft_model).merge_and_unload()

@@ -1,0 +1,89 @@
+"""PEFT adapters: put on a model with checks, and several on one base model, of which one at a time is in use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ivlens.models.backends import weights_fingerprint
+
+__all__ = ["add_adapter", "adapter_distance", "is_adapter", "record_base"]
+
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "ivlens.json"
+
+
+def is_adapter(path: Any) -> bool:
+    """Whether this is a folder with an adapter (or what is left of one)."""
+    return isinstance(path, (str, Path)) and any((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
+def record_base(folder: str | Path, label: str, fingerprint: str) -> None:
+    """Note beside an adapter which base it belongs to."""
+    text = json.dumps({"base": label, "base_fingerprint": fingerprint}, indent=1) + "\n"
+    (Path(folder) / RECORD).write_text(text, encoding="utf-8")
+
+
+def check_files(path: str | Path) -> None:
+    """Raise FileNotFoundError or ValueError where a local adapter lacks a file or one is truncated."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"the adapter {path} has no {name}; save it again with save_pretrained")
+    try:
+        with safe_open(str(path / WEIGHTS), "pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path / WEIGHTS} is truncated or not a safetensors file ({error}); save it again") from error
+
+
+def add_adapter(hf_model: Any, path: str | Path, *, label: str, fingerprint: str, name: str = "default") -> Any:
+    """The model with an adapter on it: a new `PeftModel`, or the one given with one adapter more.
+
+    Parameters
+    ----------
+    label, fingerprint
+        What the base model is called and its `weights_fingerprint`, which must be the one the adapter was trained on where
+        that is on record (`fine_tune` records it).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If a file is missing or truncated, or the adapter belongs to another base model.
+    """
+    from peft import PeftModel
+
+    local = Path(path).is_dir()
+    if local:
+        check_files(path)
+        record = Path(path) / RECORD
+        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if known and known.get("base_fingerprint") != fingerprint:
+            raise ValueError(
+                f"the adapter {path} was trained on another base model ({known.get('base')}), not on {label}; "
+                "load it with the base it was trained on"
+            )
+    try:
+        if isinstance(hf_model, PeftModel):
+            hf_model.load_adapter(str(path), adapter_name=name)
+            return hf_model
+        return PeftModel.from_pretrained(hf_model, str(path), adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ValueError(
+            f"the adapter {path} doesn't fit {label} ({reason}); load it with the base it was trained on"
+        ) from error
+
+
+@torch.inference_mode()
+def adapter_distance(peft_model: Any, name: str) -> float:
+    """How far an adapter moves the weights: the Euclidean norm of all its changes together; NaN where it isn't additive."""
+    total = 0.0
+    for module in peft_model.modules():
+        if name in getattr(module, "lora_A", {}):
+            total += module.get_delta_weight(name).double().square().sum().item()
+    return total**0.5 if total else float("nan")

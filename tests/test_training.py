@@ -1,0 +1,190 @@
+"""Fine-tuning: loss on the answer only, nothing cut, the same weights after an interruption, exact when loaded back."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ivlens as ivl
+from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.models.loading import tokenizing_backend
+from ivlens.prompts import build_prompts, tokenize
+from ivlens.training import TrainingRun, fine_tune
+from ivlens.training.data import answer_dataset
+from tests import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    """A local model folder."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.hf_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+OPTIONS = {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def run(base, task, tmp_path_factory):
+    return fine_tune(base, task, folder=tmp_path_factory.mktemp("run"), save_every=2, **OPTIONS)
+
+
+@torch.inference_mode()
+def logits_of(model):
+    return backend_of(model).forward(torch.tensor([[5, 9, 30, 41, 7]]), torch.ones(1, 5, dtype=torch.long), keep=5)
+
+
+def test_the_dataset_is_prompt_answer_and_end_with_labels_on_the_answer_only(load, task):
+    backend = backend_of(load("llama"))
+    prompts = build_prompts(task, n=4, instruction=True)
+    for row, tokens in zip(answer_dataset(backend, prompts), tokenize(backend, prompts)):
+        end = backend.tokenizer.eos_token_id
+        assert row["input_ids"] == [*tokens.prompt, *tokens.answer, end]
+        assert row["labels"] == [-100] * len(tokens.prompt) + [*tokens.answer, end]
+
+
+def test_a_model_without_weights_tokenizes_like_the_hooked_one(load, tokenizer, task):
+    prompts = build_prompts(task, n=3, shots=2)
+    for name in tiny.CONFIGS:
+        empty = tokenizing_backend(tiny.hf_model(name), tokenizer, name)
+        assert tokenize(empty, prompts) == tokenize(backend_of(load(name)), prompts)
+
+
+def test_the_logged_loss_is_the_mean_over_answer_tokens_whatever_the_padding(base, task, tmp_path, tokenizer):
+    steps = {"steps": 1, "batch_size": 6, "learning_rate": 0.0, "progress": False, "logging_steps": 1}
+    log = fine_tune(base, task, folder=tmp_path, lora=False, **steps).log
+    hf_model = tiny.hf_model("llama")
+    total, count = 0.0, 0
+    for row in answer_dataset(tokenizing_backend(hf_model, tokenizer, "x"), build_prompts(task, n=6, instruction=True)):
+        with torch.inference_mode():
+            chances = hf_model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for i, token in enumerate(row["labels"]):
+            if token != -100:
+                total, count = total - chances[i - 1, token].item(), count + 1
+    assert log[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_training_changes_the_model_and_lowers_the_loss(base, task, tmp_path):
+    run = fine_tune(base, task, folder=tmp_path, lora=False, **{**OPTIONS, "steps": 30, "logging_steps": 1})
+    assert run.log[-1]["loss"] < 0.8 * run.log[0]["loss"]
+    assert run.final.is_dir() and "loss" in repr(run)
+    assert not torch.equal(logits_of(ivl.load_model(run.final)), logits_of(ivl.load_model(base)))
+
+
+def test_the_adapter_loads_back_with_the_same_logits_in_a_new_process(base, run, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(run.final)).eval()
+    with torch.inference_mode():
+        expected = trained(torch.tensor([[5, 9, 30, 41, 7]])).logits
+    script = (
+        "import sys, torch, ivlens as ivl\nfrom safetensors.torch import save_file\nfrom ivlens.models import backend_of\n"
+        "model = ivl.load_model(sys.argv[1], adapter=sys.argv[2])\n"
+        "with torch.inference_mode():\n"
+        "    x = backend_of(model).forward(torch.tensor([[5, 9, 30, 41, 7]]), torch.ones(1, 5, dtype=torch.long), keep=5)\n"
+        "save_file({'x': x.contiguous()}, sys.argv[3])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, base, str(run.final), str(tmp_path / "x.safetensors")], check=True)
+    from safetensors.torch import load_file
+
+    torch.testing.assert_close(load_file(tmp_path / "x.safetensors")["x"], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, logits_of(ivl.load_model(base)), atol=1e-3)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(base, task, run, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    from transformers import Trainer
+
+    original = Trainer.__init__
+
+    def with_stop(self, *args, callbacks=(), **kwargs):
+        original(self, *args, callbacks=[*callbacks, Stop()], **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "__init__", with_stop)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
+    again = fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
+    one, two = (load_file(r.final / "adapter_model.safetensors") for r in (run, again))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert any(value.abs().sum() > 0 for key, value in one.items() if "lora_B" in key)
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(base, task, run, monkeypatch):
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert fine_tune(base, task, folder=run.folder, save_every=2, **OPTIONS) == run == TrainingRun.load(run.folder)
+    assert [p.name for p in run.checkpoints] == ["checkpoint-2", "checkpoint-4", "final"]
+
+
+def test_a_folder_of_another_run_is_refused(base, task, run):
+    with pytest.raises(ValueError, match=r"holds another training run \(seed: 0 there, 5 now\)"):
+        fine_tune(base, task, folder=run.folder, save_every=2, seed=5, **OPTIONS)
+
+
+def test_nothing_is_cut_off_a_prompt_too_long_is_an_error(base, tmp_path):
+    record = {"input": "walk " * 400, "output": "x", "split": "train"}
+    long = ivl.Task.from_records([record], name="long", instruction="Copy.")
+    with pytest.raises(ValueError, match="nothing is ever cut off"):
+        fine_tune(base, long, folder=tmp_path, **OPTIONS)
+
+
+def test_global_random_state_stays(base, task, tmp_path):
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    fine_tune(base, task, folder=tmp_path, **{**OPTIONS, "steps": 1})
+    assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_an_adapter_of_another_base_is_refused(run, tmp_path, tokenizer):
+    other = tiny.hf_model("llama")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.01)
+    with pytest.raises(ValueError, match="was trained on another base model"):
+        ivl.load_model(other, tokenizer=tokenizer, adapter=run.final)
+    (run.final / "ivlens.json").rename(tmp_path / "ivlens.json")
+    try:
+        with pytest.raises(ValueError, match="doesn't fit"):
+            ivl.load_model(tiny.hf_model("gpt2"), tokenizer=tokenizer, adapter=run.final)
+    finally:
+        (tmp_path / "ivlens.json").rename(run.final / "ivlens.json")
+
+
+def test_an_adapter_folder_with_a_missing_or_truncated_file_is_named(run, base, tmp_path):
+    (tmp_path / "adapter_config.json").write_text((run.final / "adapter_config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        ivl.load_model(base, adapter=tmp_path)
+    whole = (run.final / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is truncated"):
+        ivl.load_model(base, adapter=tmp_path)
+
+
+def test_the_fingerprint_tells_models_apart_but_not_dtypes():
+    model = tiny.hf_model("llama").to(torch.bfloat16)
+    assert weights_fingerprint(model) == weights_fingerprint(model.float())
+    assert weights_fingerprint(model) != weights_fingerprint(tiny.hf_model("qwen2"))
+
+
+def test_a_run_has_a_picture(run):
+    assert json.dumps(run.settings) and run.plot().data
