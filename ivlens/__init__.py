@@ -29,6 +29,15 @@ _HOME = {
     "tune_injection": "ivlens.tuning",
     "evaluate": "ivlens.evaluation",
     "Evaluation": "ivlens.evaluation",
+    "answer_probabilities": "ivlens.probabilities",
+    "compare_probabilities": "ivlens.probabilities",
+    "fine_tune": "ivlens.training.finetune",
+    "TrainingRun": "ivlens.training.finetune",
+    "compare": "ivlens.dynamics.tracking",
+    "track": "ivlens.dynamics.tracking",
+    "Change": "ivlens.dynamics.change",
+    "recover": "ivlens.dynamics.restoring",
+    "Recovery": "ivlens.dynamics.recovery",
     "Section": "ivlens.report",
     "write_report": "ivlens.report",
 }
@@ -51,6 +60,9 @@ def __getattr__(name: str) -> Any:
         "report",
         "tuning",
         "decoding",
+        "training",
+        "dynamics",
+        "probabilities",
     ):
         return importlib.import_module(f"ivlens.{name}")
     raise AttributeError(f"module 'ivlens' has no attribute {name!r}")

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from ivlens.models.backends import weights_fingerprint
-
-__all__ = ["add_adapter", "adapter_distance", "is_adapter", "record_base"]
+__all__ = ["adapter_distance", "add_adapter", "is_adapter", "record_base"]
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "ivlens.json"
 

@@ -88,7 +88,9 @@ def _read_batch(
         logits = backend.forward(tokens, mask, keep=keep)
     for name, wanted in (("z", z), ("resid", resid)):
         if wanted and len(found[name]) != backend.n_layers:
-            raise RuntimeError(f"only {len(found[name])} of {backend.n_layers} {name} hooks fired; the model can't be read")
+            raise RuntimeError(
+                f"only {len(found[name])} of {backend.n_layers} {name} hooks fired; the model can't be read"
+            )
     read = {name: torch.stack(parts, dim=1) for name, parts in found.items() if parts}
     if answers.shape[1]:
         for name in SCORES:

@@ -101,7 +101,9 @@ def residual_effects(
         raise ValueError(f"position={max(positions)}: positions count from the prompt's end, -1 is its last token")
     for i, row in enumerate(clean_tokens):
         if -min(positions) > len(row.prompt):
-            raise ValueError(f"position={min(positions)} is outside clean prompt {i}, which has {len(row.prompt)} tokens")
+            raise ValueError(
+                f"position={min(positions)} is outside clean prompt {i}, which has {len(row.prompt)} tokens"
+            )
     clean_tokens = [TokenizedPrompt(row.prompt) for row in clean_tokens]  # their answers aren't needed
     columns = []
     for position in tqdm(positions, desc="patching residuals", disable=not progress):

@@ -14,6 +14,7 @@ import torch
 
 from ivlens.models.adapters import record_base
 from ivlens.models.backends import weights_fingerprint
+from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
 from ivlens.models.loading import load_hf, tokenizing_backend
 from ivlens.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingRun", "fine_tune"]
 
-SETTINGS, LOG, FINAL = "settings.json", "log.json", "final"
+LOG = "log.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class TrainingRun:
         """A finished run from its folder."""
         folder = Path(folder)
         if not (folder / LOG).is_file():
-            raise FileNotFoundError(f"{folder} holds no finished training run; call fine_tune with this folder to go on")
+            raise FileNotFoundError(
+                f"{folder} holds no finished training run; call fine_tune with this folder to go on"
+            )
         read = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, LOG)}
         return cls(folder, read[SETTINGS], read[LOG])
 
@@ -83,12 +86,6 @@ class TrainingRun:
             f"TrainingRun({', '.join(s['tasks'])} on {s['base']}, {s['method']}, {s['steps']} steps of {s['batch_size']}, "
             f"loss {losses[0]} → {losses[1]}, {kept} checkpoint{'s' if kept > 1 else ''} in {self.folder})"
         )
-
-
-def checkpoints_in(folder: str | Path) -> list[Path]:
-    """The Trainer's checkpoint folders, by steps."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
 
 
 def fine_tune(
@@ -155,7 +152,12 @@ def fine_tune(
     options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     prompts = [p for task in suite.values() for p in build_prompts(task, n=-(-n // len(suite)), **options)]
     dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts)
-    arguments = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate, **arguments}
+    arguments = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        **arguments,
+    }
     with _random_state(seed):
         if lora is not False:
             hf_model = _with_lora(hf_model, lora, label)

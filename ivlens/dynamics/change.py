@@ -1,0 +1,201 @@
+"""What training did to instruction vectors: similarities, overlap and accuracy at every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ivlens.dynamics.snapshot import Snapshot
+from ivlens.statistics import correlation, wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+__all__ = ["Change"]
+
+FILE = "change.json"
+PREDICTORS = ("iv_similarity", "hidden_similarity", "head_overlap", "effects_spearman", "weight_distance")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What training did, checkpoint by checkpoint; the first snapshot is the base's.
+
+    Attributes
+    ----------
+    skipped
+        Checkpoints that couldn't be opened, and why.
+    """
+
+    snapshots: tuple[Snapshot, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Snapshot:
+        return self.snapshots[0]
+
+    @property
+    def task_names(self) -> list[str]:
+        return self.base.task_names
+
+    # -- similarities -----------------------------------------------------------------------------------------------
+    def similarity(self) -> pd.DataFrame:
+        """cos(θ⁰, θʲ) of every task (columns) at every checkpoint (rows), over the same heads (IV §5)."""
+        import pandas as pd
+
+        rows = {
+            s.label: {t: self.base.vectors[t].cosine(s.vectors[t]) for t in self.task_names} for s in self.snapshots
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")[self.task_names]
+
+    def head_similarity(self) -> pd.DataFrame:
+        """The same per head: cos(z̄⁰ W_O⁰, z̄ʲ W_Oʲ), one row per checkpoint, task and head."""
+        import pandas as pd
+        import torch
+
+        rows = []
+        for s in self.snapshots[1:]:
+            for task in self.task_names:
+                old, new = self.base.vectors[task], s.vectors[task]
+                cosines = torch.nn.functional.cosine_similarity(old.shares, new.shares, dim=-1)
+                rows += [
+                    {"checkpoint": s.label, "task": task, "head": str(head), "similarity": cosine}
+                    for head, cosine in zip(old.heads, cosines.tolist())
+                ]
+        return pd.DataFrame(rows)
+
+    def hidden_similarity(self) -> pd.DataFrame:
+        """Cosine of the residual stream with θ⁰, one row per checkpoint, task and layer."""
+        import pandas as pd
+
+        rows = [
+            {"checkpoint": s.label, "task": task, "layer": layer, "similarity": cosine}
+            for s in self.snapshots
+            for task in self.task_names
+            for layer, cosine in enumerate(s.hidden[task].tolist())
+        ]
+        return pd.DataFrame(rows)
+
+    def overlap(self, k: int = 10) -> pd.DataFrame:
+        """Of the head sets: Jaccard index of the k strongest and Spearman's ρ of all effects, per checkpoint and task.
+
+        The row of "all tasks" takes the universal heads. Empty where heads weren't located.
+        """
+        import pandas as pd
+
+        rows = []
+        before = self.base.effects
+        for s in self.snapshots[1:]:
+            if before is None or s.effects is None:
+                continue
+            for task in [*self.task_names, None]:
+                one, two = set(before.top(k, task)), set(s.effects.top(k, task))
+                maps = [x.mean(task).flatten().tolist() for x in (before, s.effects)]
+                rho = correlation(*maps, n_bootstrap=0)["spearman"]
+                row = {"checkpoint": s.label, "task": task or "all tasks", "jaccard": len(one & two) / len(one | two)}
+                rows.append({**row, "spearman": rho})
+        return pd.DataFrame(rows, columns=["checkpoint", "task", "jaccard", "spearman"])
+
+    # -- tables -----------------------------------------------------------------------------------------------------
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per checkpoint and task: accuracy with its 95 % Wilson interval, and every similarity to the base."""
+        import pandas as pd
+
+        similarity, overlap = self.similarity(), self.overlap().set_index(["checkpoint", "task"])
+        rows = []
+        for s in self.snapshots:
+            for task in self.task_names:
+                hits = s.accuracy[task].tolist()
+                low, high = wilson(hits)
+                here = overlap.loc[(s.label, task)] if (s.label, task) in overlap.index else None
+                rows.append(
+                    {
+                        "checkpoint": s.label,
+                        "step": s.step,
+                        "task": task,
+                        "accuracy": sum(hits) / len(hits),
+                        "low": low,
+                        "high": high,
+                        "n": len(hits),
+                        "log_probability": s.log_probability[task].mean().item(),
+                        "iv_similarity": similarity.loc[s.label, task],
+                        "hidden_similarity": s.hidden[task].mean().item(),
+                        "head_overlap": None if here is None else here["jaccard"],
+                        "effects_spearman": None if here is None else here["spearman"],
+                        "weight_distance": s.distance,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def correlations(self) -> pd.DataFrame:
+        """How well each similarity tells how accuracy changed, over all (task, checkpoint) after the base (IV §5).
+
+        R² of a straight line and Spearman's ρ with 95 % bootstrap intervals over points; `weight_distance`, which knows
+        nothing of tasks, is the baseline. Hidden similarity counts as its change from the base's, mean over layers.
+        """
+        import pandas as pd
+
+        points = self.points()
+        rows = [
+            {"predictor": name, **correlation(points[name], points["accuracy_change"])}
+            for name in PREDICTORS
+            if points[name].notna().any()
+        ]
+        return pd.DataFrame(rows)
+
+    def points(self) -> pd.DataFrame:
+        """What `correlations` is over: `to_dataframe` after the base, with changes from the base."""
+        frame = self.to_dataframe()
+        start = frame[frame["checkpoint"] == self.base.label].set_index("task")
+        frame = frame[frame["checkpoint"] != self.base.label].copy()
+        frame["accuracy_change"] = frame["accuracy"] - frame["task"].map(start["accuracy"])
+        frame["hidden_similarity"] -= frame["task"].map(start["hidden_similarity"])
+        return frame.reset_index(drop=True)
+
+    # -- looking at it, keeping it ----------------------------------------------------------------------------------
+    def plot(self, kind: str = "tasks") -> go.Figure:
+        """`tasks`: similarity and accuracy per task; `matrix`: task × task cosines, before against after; `trajectory`: both
+        over steps; `scatter`: similarity against accuracy; `hidden`: per layer; `effects`: maps before, after and apart."""
+        from ivlens.plots import plot_change
+
+        return plot_change(self, kind)
+
+    def save(self, folder: str | Path) -> Path:
+        """Save to a folder: a file per snapshot, and `change.json`."""
+        folder = Path(folder)
+        names = [s.save(folder / f"snapshot-{i}.safetensors").name for i, s in enumerate(self.snapshots)]
+        content = {"kind": "change", "snapshots": names, "skipped": self.skipped, "metadata": self.metadata}
+        (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Change:
+        """Load what `save` wrote."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"no {FILE} in {folder}; give the folder that Change.save wrote")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is truncated or not JSON ({error})") from error
+        snapshots = tuple(Snapshot.load(path.parent / name) for name in content["snapshots"])
+        return cls(snapshots, content["skipped"], content["metadata"])
+
+    def __repr__(self) -> str:
+        frame, last = self.to_dataframe(), self.snapshots[-1]
+        before, after = (frame[frame["checkpoint"] == s.label]["accuracy"].mean() for s in (self.base, last))
+        cosine = self.similarity().loc[last.label].mean()
+        skipped = f", {len(self.skipped)} left out" if self.skipped else ""
+        return (
+            f"Change({len(self.task_names)} tasks, base and {len(self.snapshots) - 1} checkpoint(s){skipped}; at {last.label}: "
+            f"accuracy {before:.1%} → {after:.1%}, mean cosine of the vectors {cosine:.3f})"
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().round(3).to_html(index=False)

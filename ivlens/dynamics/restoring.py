@@ -1,0 +1,258 @@
+"""`recover`: put the base model's vectors back into fine-tuned models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ivlens.dynamics.recovery import AFTER, BEFORE, BEFORE_STEERED, HEADS, MINUS, OLD, OTHER, RANDOM, STATE, Recovery
+from ivlens.dynamics.snapshot import fingerprint
+from ivlens.extraction import random_vector
+from ivlens.models.backends import Backend, backend_of, weights_fingerprint
+from ivlens.models.checkpoints import Checkpoint, open_checkpoints
+from ivlens.patching.reading import read_prompts
+from ivlens.patching.residual import Edit, edit_effects
+from ivlens.prompts import TokenizedPrompt, build_prompts, tokenize
+from ivlens.storage import read_tensors, write_tensors
+from ivlens.tasks.suite import TaskSuite, as_suite
+from ivlens.tasks.task import Task
+from ivlens.vectors import InstructionVector
+
+__all__ = ["recover"]
+
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+Choice = tuple[int | None, float, Edit]  # layer (None where each head's share has its own), scale, and what is done
+Found = dict[str, Any]  # what one model gave for one task: hits per condition, choices, and the base model's states
+
+
+def recover(
+    checkpoints: Sequence[Any] | str | Path,
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    vectors: Mapping[str, InstructionVector],
+    *,
+    model: Any = "smollm2",
+    subtract: InstructionVector | Mapping[str, InstructionVector] | None = None,
+    alternatives: Mapping[str, Mapping[str, InstructionVector]] | None = None,
+    shots: int = 5,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    layers: Sequence[int] | None = None,
+    scales: Sequence[float] = SCALES,
+    n_valid: int = 25,
+    n_prompts: int | None = 100,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Recovery:
+    """Put the base model's vectors back into fine-tuned models (IV §5).
+
+    Layer and scale are chosen per checkpoint and task on the validation split, accuracy is measured on the test split. Beside
+    the old vector: a random vector of its norm and another task's vector at the same place, each head's share at its own
+    layer, and, as the upper bound, the base model's residual stream put in place of the fine-tuned model's, at the last
+    prompt token, after the best layer.
+
+    Parameters
+    ----------
+    checkpoints, model
+        As in `track`.
+    vectors
+        The base model's, by task.
+    subtract
+        The new task's vector, taken away together with putting the old one back; one, or one per checkpoint's label.
+    alternatives
+        More vectors to try, by name: `{"per-task heads": {task: vector}}`.
+    shots, instruction, style
+        How the prompts look; see `build_prompts`.
+    layers
+        Layers to try; default: every third.
+    folder
+        Where to keep what is done, so that an interrupted run goes on there.
+    """
+    import pandas as pd
+
+    suite = as_suite(tasks)
+    if missing := [name for name in suite if name not in vectors]:
+        raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
+    single = isinstance(checkpoints, (str, Path))
+    opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)
+    look = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
+    with opened[0].use() as hooked:
+        backend, weights = backend_of(hooked), weights_fingerprint(hooked)
+        for vector in vectors.values():
+            vector.check_model(hooked)
+        layers = [backend.check_layer(x) for x in (range(1, backend.n_layers, 3) if layers is None else layers)]
+        prompts = {task.name: _prompts(backend, task, n_valid, n_prompts, look) for task in suite.values()}
+    tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
+    rows: list[dict[str, Any]] = []
+    choices: list[dict[str, Any]] = []
+    store = _Store(folder, (weights, prompts, layers, tuple(scales), look, sorted(alternatives or ())))
+    with tqdm(total=len(opened) * len(suite), desc="recovering", disable=not progress) as bar:
+        for task in suite:
+            bar.set_postfix_str(task)
+            before = store.get(opened[0], task, lambda task=task: _before(opened[0], prompts[task], tries, task))
+            bar.update()
+            for checkpoint in opened[1:]:
+                found = store.get(
+                    checkpoint,
+                    task,
+                    lambda c=checkpoint, task=task, states=before: _after(c, prompts[task], tries, task, states),
+                )
+                for source, label in ((before, checkpoint.label), (found, checkpoint.label)):
+                    _tell(source, label, task, rows, choices)
+                bar.update()
+    metadata = {"model": backend.name, "skipped": skipped, "layers": list(layers), "scales": list(scales), **look}
+    result = Recovery(pd.DataFrame(rows), pd.DataFrame(choices), metadata)
+    if folder is not None:
+        result.save(Path(folder) / "recovery.json")
+    return result
+
+
+def _prompts(backend: Backend, task: Task, n_valid: int, n_test: int | None, look: dict[str, Any]) -> dict[str, Any]:
+    """Tokenized prompts of the validation and test splits."""
+    sizes = {"valid": min(n_valid, len(task.valid)), "test": n_test}
+    return {split: tokenize(backend, build_prompts(task, n=n, split=split, **look)) for split, n in sizes.items()}
+
+
+@dataclass(frozen=True)
+class _Tries:
+    """Everything that may be put back, and where."""
+
+    suite: TaskSuite
+    vectors: Mapping[str, InstructionVector]
+    subtract: InstructionVector | Mapping[str, InstructionVector] | None
+    alternatives: Mapping[str, Mapping[str, InstructionVector]]
+    layers: Sequence[int]
+    scales: tuple[float, ...]
+    seed: int
+
+    def of(self, task: str, label: str) -> dict[str, list[Choice]]:
+        """By condition: the (layer, scale, edit) to choose from; layer None where each head's share has its own."""
+        old = self.vectors[task]
+        found = {OLD: self._everywhere(old)}
+        new = self.subtract.get(label) if isinstance(self.subtract, Mapping) else self.subtract
+        if new is not None:
+            found[MINUS] = self._everywhere(old - new)
+        for name, vectors in self.alternatives.items():
+            if task in vectors:
+                found[name] = self._everywhere(vectors[task])
+        if old.shares is not None:
+            found[HEADS] = [(None, scale, _by_heads(old, scale)) for scale in self.scales]
+        return found
+
+    def controls(self, task: str, layer: int, scale: float) -> dict[str, Edit]:
+        """The random and the other task's vector, where the old one goes."""
+        names = list(self.suite)
+        other = self.vectors[names[(names.index(task) + 1) % len(names)]]
+        random = random_vector(self.vectors[task], seed=self.seed)
+        found = {RANDOM: Edit({layer: scale * random.vector})}
+        return found if other is self.vectors[task] else {**found, OTHER: Edit({layer: scale * other.vector})}
+
+    def _everywhere(self, vector: InstructionVector) -> list[Choice]:
+        return [(layer, s, Edit({layer: s * vector.vector})) for layer in self.layers for s in self.scales]
+
+
+def _by_heads(vector: InstructionVector, scale: float) -> Edit:
+    values: dict[int, Tensor] = {}
+    for head, share in zip(vector.heads, vector.shares):
+        values[head.layer] = values.get(head.layer, 0) + scale * share
+    return Edit(values)
+
+
+def _before(base: Checkpoint, prompts: dict[str, list[TokenizedPrompt]], tries: _Tries, task: str) -> Found:
+    """The base model: plain, with the vector where it works best, and its residual streams."""
+    with base.use() as model:
+        backend = backend_of(model)
+        options = {OLD: tries.of(task, base.label)[OLD]}
+        chosen, plain = _choose(backend, prompts["valid"], options)
+        values, baseline = edit_effects(backend, prompts["test"], [chosen[OLD][2]], metric="accuracy")
+        states = {}
+        for split, rows in prompts.items():
+            bare = [TokenizedPrompt(row.prompt) for row in rows]
+            states[split] = read_prompts(backend, bare, resid=True).resid[:, list(tries.layers)]
+    layer, scale, _, accuracy = chosen[OLD]
+    hits = {BEFORE: baseline, BEFORE_STEERED: values[:, 0]}
+    choices = {BEFORE: (None, None, plain), BEFORE_STEERED: (layer, scale, accuracy)}
+    return {"hits": hits, "choices": choices, "states": states}
+
+
+def _after(
+    checkpoint: Checkpoint, prompts: dict[str, list[TokenizedPrompt]], tries: _Tries, task: str, before: Found
+) -> Found:
+    """A fine-tuned model: plain, with everything that is put back where it works best, and the controls."""
+    with checkpoint.use() as model:
+        backend = backend_of(model)
+        states = before["states"]
+        restore = {
+            split: [
+                (layer, 1.0, Edit({layer: states[split][:, i]}, replace=True)) for i, layer in enumerate(tries.layers)
+            ]
+            for split in states
+        }
+        options = {**tries.of(task, checkpoint.label), STATE: restore["valid"]}
+        chosen, plain = _choose(backend, prompts["valid"], options)
+        layer, scale, _, _ = chosen[OLD]
+        edits = {name: chosen[name][2] for name in options if name != STATE}
+        edits |= tries.controls(task, layer, scale)
+        edits[STATE] = restore["test"][list(tries.layers).index(chosen[STATE][0])][2]
+        values, baseline = edit_effects(backend, prompts["test"], list(edits.values()), metric="accuracy")
+    hits = {AFTER: baseline, **{name: values[:, i] for i, name in enumerate(edits)}}
+    choices = {AFTER: (None, None, plain), **{name: (c[0], c[1], c[3]) for name, c in chosen.items()}}
+    return {"hits": hits, "choices": choices}
+
+
+def _choose(
+    backend: Backend, rows: Sequence[TokenizedPrompt], options: Mapping[str, list[Choice]]
+) -> tuple[dict[str, tuple[int | None, float, Edit, float]], float]:
+    """Of each condition the layer and scale with the highest accuracy on validation prompts (ties: mean log-probability is
+    not looked at; the smaller scale, then the lower layer), all in one replay; and the accuracy with nothing injected."""
+    flat = [(name, choice) for name, choices in options.items() for choice in choices]
+    values, baseline = edit_effects(backend, rows, [choice[2] for _, choice in flat], metric="accuracy")
+    accuracy = values.mean(0).tolist()
+    chosen: dict[str, tuple[int | None, float, Edit, float]] = {}
+    for (name, (layer, scale, edit)), value in zip(flat, accuracy):
+        best = chosen.get(name)
+        if best is None or (value, -abs(scale), -(layer or 0)) > (best[3], -abs(best[1]), -(best[0] or 0)):
+            chosen[name] = (layer, scale, edit, value)
+    return chosen, baseline.mean().item()
+
+
+def _tell(found: Found, label: str, task: str, rows: list[dict[str, Any]], choices: list[dict[str, Any]]) -> None:
+    for condition, hits in found["hits"].items():
+        rows += [
+            {"checkpoint": label, "task": task, "condition": condition, "prompt": i, "hit": hit}
+            for i, hit in enumerate(hits.tolist())
+        ]
+    for condition, (layer, scale, accuracy) in found["choices"].items():
+        row = {"checkpoint": label, "task": task, "condition": condition, "layer": layer, "scale": scale}
+        choices.append({**row, "accuracy": accuracy})
+
+
+class _Store:
+    """Keeps what is found in a folder, one file per checkpoint and task."""
+
+    def __init__(self, folder: str | Path | None, settings: Any):
+        self.folder = None if folder is None else Path(folder) / "partial"
+        self.settings = settings
+
+    def get(self, checkpoint: Checkpoint, task: str, make: Callable[[], Found]) -> Found:
+        if self.folder is None:
+            return make()
+        with checkpoint.use() as model:
+            distance = checkpoint.distance(model)
+        path = self.folder / f"{fingerprint(self.settings, checkpoint.label, f'{distance:.6g}', task)}.safetensors"
+        if path.exists():
+            tensors, about = read_tensors(path)
+            groups: Found = {"hits": {}, "states": {}, "choices": about["choices"]}
+            for name, tensor in tensors.items():
+                group, key = name.split("/", 1)
+                groups[group][key] = tensor
+            return groups
+        found = make()
+        tensors = {f"{g}/{k}": t for g in ("hits", "states") for k, t in found.get(g, {}).items()}
+        write_tensors(path, tensors, {"choices": found["choices"]})
+        return found

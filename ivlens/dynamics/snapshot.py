@@ -1,0 +1,157 @@
+"""One checkpoint seen through the instruction vectors: its own, how its residual streams lie to the base's, and its answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ivlens.extraction import vector_from_heads
+from ivlens.models.backends import backend_of
+from ivlens.patching.effects import HeadEffects
+from ivlens.patching.reading import Reading, read_prompts
+from ivlens.prompts import Prompt, TokenizedPrompt, tokenize
+from ivlens.storage import read_tensors, write_tensors
+from ivlens.vectors import Head, InstructionVector
+
+__all__ = ["Snapshot", "TaskPrompts", "take_snapshot"]
+
+KIND = "snapshot"
+
+
+@dataclass(frozen=True)
+class TaskPrompts:
+    """What every checkpoint is shown of a task: prompts behind the vector (training split), and prompts to answer."""
+
+    mean: list[TokenizedPrompt]
+    answered: list[TokenizedPrompt]
+
+    @classmethod
+    def of(cls, backend: Any, mean: Sequence[Prompt], answered: Sequence[Prompt]) -> TaskPrompts:
+        # Only the answered prompts need their answers.
+        return cls([TokenizedPrompt(row.prompt) for row in tokenize(backend, mean)], tokenize(backend, answered))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's instruction vectors and answers, by task.
+
+    Attributes
+    ----------
+    vectors
+        θ of each task, over the same heads at every checkpoint.
+    hidden
+        Hidden-to-IV similarity: cosine of the residual stream after each layer with the base's θ, at the last prompt token,
+        mean over the answered prompts, [layer].
+    accuracy, log_probability
+        Of the whole answer, teacher-forced, [prompt].
+    distance
+        Euclidean distance of the weights from the base's.
+    effects
+        Indirect effects of all heads, where they were located.
+    """
+
+    label: str
+    step: int | None
+    vectors: dict[str, InstructionVector]
+    hidden: dict[str, Float[Tensor, " layer"]]
+    accuracy: dict[str, Float[Tensor, " prompt"]]
+    log_probability: dict[str, Float[Tensor, " prompt"]]
+    distance: float = 0.0
+    effects: HeadEffects | None = field(default=None, compare=False)
+
+    @property
+    def task_names(self) -> list[str]:
+        return list(self.vectors)
+
+    def save(self, path: str | Path) -> Path:
+        """Save to one `.safetensors` file."""
+        tensors: dict[str, Tensor] = {}
+        for task, vector in self.vectors.items():
+            tensors[f"{task}/shares"] = vector.shares
+            for name in ("hidden", "accuracy", "log_probability"):
+                tensors[f"{task}/{name}"] = getattr(self, name)[task]
+        about: dict[str, Any] = {
+            "kind": KIND,
+            "label": self.label,
+            "step": self.step,
+            "distance": self.distance,
+            "tasks": self.task_names,
+            "heads": [list(h) for h in next(iter(self.vectors.values())).heads],
+            "vectors": {task: vector.metadata for task, vector in self.vectors.items()},
+        }
+        if self.effects is not None:
+            tensors |= {"effects/values": self.effects.values, "effects/baseline": self.effects.baseline}
+            about["effects"] = [list(self.effects.tasks), self.effects.metric, self.effects.metadata]
+        return write_tensors(path, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Snapshot:
+        """Load what `save` wrote."""
+        tensors, about = read_tensors(path, kind=KIND)
+        heads = tuple(Head(*h) for h in about["heads"])
+        parts: dict[str, Any] = {
+            name: {task: tensors[f"{task}/{name}"] for task in about["tasks"]}
+            for name in ("hidden", "accuracy", "log_probability")
+        }
+        vectors = {}
+        for task in about["tasks"]:
+            shares = tensors[f"{task}/shares"]
+            vectors[task] = InstructionVector(shares.sum(0), heads, shares, metadata=about["vectors"][task])
+        effects = None
+        if "effects" in about:
+            tasks, metric, metadata = about["effects"]
+            effects = HeadEffects(
+                tensors["effects/values"], tensors["effects/baseline"], tuple(tasks), metric, metadata
+            )
+        return cls(about["label"], about["step"], vectors, distance=about["distance"], effects=effects, **parts)
+
+
+def take_snapshot(
+    model: Any,
+    prompts: Mapping[str, TaskPrompts],
+    heads: Sequence[Head],
+    *,
+    label: str,
+    step: int | None = None,
+    base: Snapshot | None = None,
+    distance: float = 0.0,
+    effects: HeadEffects | None = None,
+    batch_size: int = 16,
+    bar: tqdm | None = None,
+) -> Snapshot:
+    """One forward pass of every prompt, from which everything is read.
+
+    Parameters
+    ----------
+    base
+        Whose vectors the residual streams are compared with; None: this model's own.
+    """
+    backend = backend_of(model)
+    found: dict[str, dict[str, Any]] = {name: {} for name in ("vectors", "hidden", "accuracy", "log_probability")}
+    for task, shown in prompts.items():
+        read = read_prompts(backend, shown.mean, z=True, batch_size=batch_size, bar=bar)
+        mean = read.z.double().mean(0).float()
+        vector = vector_from_heads(model, mean, heads, task=task, n_prompts=len(shown.mean))
+        answered = read_prompts(backend, shown.answered, resid=True, batch_size=batch_size, bar=bar)
+        found["vectors"][task] = vector
+        found["hidden"][task] = _hidden_similarity(answered, vector if base is None else base.vectors[task])
+        found["accuracy"][task] = answered.scores["accuracy"]
+        found["log_probability"][task] = answered.scores["log_probability"]
+    return Snapshot(label, step, **found, distance=distance, effects=effects)
+
+
+def _hidden_similarity(read: Reading, vector: InstructionVector) -> Float[Tensor, " layer"]:
+    return torch.nn.functional.cosine_similarity(read.resid, vector.vector.to(read.resid), dim=-1).mean(0)
+
+
+def fingerprint(*parts: Any) -> str:
+    """What must be the same for a kept snapshot to count."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,136 @@
+"""Instruction vectors before and after training (`compare`), or along it (`track`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ivlens.dynamics.change import Change
+from ivlens.dynamics.snapshot import Snapshot, TaskPrompts, fingerprint, take_snapshot
+from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.models.checkpoints import open_checkpoints
+from ivlens.patching.effects import HeadEffects
+from ivlens.patching.heads import locate_heads
+from ivlens.prompts import build_prompts
+from ivlens.tasks.suite import TaskSuite, as_suite
+from ivlens.tasks.task import Task
+from ivlens.vectors import Head
+
+__all__ = ["compare", "track"]
+
+
+def compare(before: Any, after: Any, tasks: Any, heads: Sequence[Head] | HeadEffects, **options: Any) -> Change:
+    """Instruction vectors before and after training (IV §5): `track` with one checkpoint, effects located on both.
+
+    Parameters
+    ----------
+    before
+        A model's name or folder, or a hooked model.
+    after
+        An adapter folder, a model's name or folder, or a hooked model.
+    options
+        Those of `track`.
+    """
+    return track([after], tasks, heads, model=before, **{"n_effects": 8, **options})
+
+
+def track(
+    checkpoints: Sequence[Any] | str | Path,
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    heads: Sequence[Head | tuple[int, int]] | HeadEffects,
+    *,
+    model: Any = "smollm2",
+    shots: int = 5,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    split: str = "test",
+    n_prompts: int | None = 100,
+    n_mean: int = 30,
+    n_effects: int = 0,
+    batch_size: int = 16,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Change:
+    """Instruction vectors and accuracy at every checkpoint, on the same prompts (IV §5).
+
+    Every prompt is run once per checkpoint; vectors, similarities and scores are read off that pass. Adapters are switched on
+    one base model in memory.
+
+    Parameters
+    ----------
+    checkpoints
+        A folder of `fine_tune` (all its checkpoints), or a list of adapter folders, model names or folders, hooked models.
+    heads
+        The instruction heads S, kept fixed; located on the base model.
+    model
+        The base: a name or folder, or a hooked model (not with adapters).
+    shots, instruction, style, split
+        How the prompts look, and where those to answer come from; those behind the vectors are of the training split.
+    n_prompts, n_mean
+        Prompts per task to answer (None: the whole split), and behind each vector.
+    n_effects
+        Also sweep all heads on so many prompts per task, for the overlap of head sets; 0 for not.
+    folder
+        Where to keep every snapshot, so that an interrupted run goes on there.
+
+    Raises
+    ------
+    ValueError
+        If a checkpoint has another architecture or vocabulary, or an adapter another base. One with a missing or truncated
+        file is left out with a warning, and named in `skipped`.
+    """
+    suite = as_suite(tasks)
+    heads = heads.top(10) if isinstance(heads, HeadEffects) else [Head(*h) for h in heads]
+    single = isinstance(checkpoints, (str, Path))
+    opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)
+    look = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
+    with opened[0].use() as hooked:
+        backend, weights = backend_of(hooked), weights_fingerprint(hooked)
+        prompts = {
+            task.name: TaskPrompts.of(
+                backend,
+                build_prompts(task, n=n_mean, split="train", **look),
+                build_prompts(task, n=n_prompts, split=split, **look),
+            )
+            for task in suite.values()
+        }
+    snapshots: list[Snapshot] = []
+    total = len(opened) * sum(len(p.mean) + len(p.answered) for p in prompts.values())
+    with tqdm(total=total, desc="tracking", disable=not progress) as bar:
+        for checkpoint in opened:
+            bar.set_postfix_str(checkpoint.label)
+            with checkpoint.use() as hooked:
+                distance = checkpoint.distance(hooked)
+                key = fingerprint(weights, checkpoint.label, f"{distance:.6g}", prompts, heads, n_effects, look)
+                path = None if folder is None else Path(folder) / "partial" / f"{key}.safetensors"
+                if path is not None and path.exists():
+                    snapshots.append(Snapshot.load(path))
+                    bar.update(total // len(opened))
+                    continue
+                effects = _effects(hooked, suite, n_effects, look) if n_effects else None
+                snapshot = take_snapshot(
+                    hooked,
+                    prompts,
+                    heads,
+                    label=checkpoint.label,
+                    step=checkpoint.step,
+                    base=snapshots[0] if snapshots else None,
+                    distance=distance,
+                    effects=effects,
+                    batch_size=batch_size,
+                    bar=bar,
+                )
+                snapshots.append(snapshot if path is None else (snapshot.save(path), snapshot)[1])
+    change = Change(tuple(snapshots), skipped, {"model": backend.name, "split": split, "n_mean": n_mean, **look})
+    if folder is not None:
+        change.save(folder)
+    return change
+
+
+def _effects(model: Any, suite: TaskSuite, n_prompts: int, look: dict[str, Any]) -> HeadEffects:
+    kind = "shuffled_labels" if look["shots"] >= 2 else "no_instruction"
+    return locate_heads(model, suite, n_prompts=n_prompts, n_mean=20, counterfactual=kind, progress=False, **look)

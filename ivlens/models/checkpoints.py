@@ -1,0 +1,178 @@
+"""A base model and what training made of it, one at a time in use; adapters share one base in memory."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ivlens.models.adapters import adapter_distance, add_adapter, check_files, is_adapter
+from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.models.loading import load_hf, load_model
+
+__all__ = ["FINAL", "SETTINGS", "Checkpoint", "checkpoints_in", "open_checkpoints"]
+
+SETTINGS, FINAL = "settings.json", "final"  # in the folder of a training run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at one point of its training.
+
+    Attributes
+    ----------
+    step
+        Training steps behind it, where its name tells (`checkpoint-40`).
+    use
+        `with checkpoint.use() as model:` gives the hooked model.
+    distance
+        How far its weights are from the base's (Euclidean norm of the change), asked while it is in use.
+    """
+
+    label: str
+    step: int | None
+    use: Callable[[], AbstractContextManager[Any]]
+    distance: Callable[[Any], float]
+
+
+def open_checkpoints(base: Any, checkpoints: Sequence[Any]) -> tuple[list[Checkpoint], dict[str, str]]:
+    """The base first, then every checkpoint; and the ones that can't be opened, with the reason.
+
+    Parameters
+    ----------
+    base
+        A name or folder as for `load_model`, or a hooked model.
+    checkpoints
+        Adapter folders, folders of `fine_tune` (all their checkpoints), model names or folders, or hooked models.
+
+    Raises
+    ------
+    ValueError
+        If a checkpoint has another architecture or vocabulary than the base, or an adapter belongs to another base.
+    """
+    entries = [inner for entry in checkpoints for inner in _expanded(entry)]
+    if not entries:
+        raise ValueError("no checkpoints given; pass adapter folders, model folders or hooked models")
+    labelled = dict(zip(_labels(entries), entries))
+    broken: dict[str, str] = {}
+    for label, entry in labelled.items():
+        try:
+            if is_adapter(entry):
+                check_files(entry)
+        except (FileNotFoundError, ValueError) as error:
+            broken[label] = str(error)
+            warnings.warn(f"{label} left out: {error}", stacklevel=3)
+    whole = {label: entry for label, entry in labelled.items() if label not in broken}
+    adapters = {label: entry for label, entry in whole.items() if is_adapter(entry)}
+    if adapters:
+        start, opened = _with_adapters(base, adapters)
+    else:
+        model = load_model(base) if isinstance(base, (str, Path)) else base
+        start, opened = Checkpoint("base", 0, lambda: nullcontext(model), lambda _: 0.0), {}
+    with start.use() as model:
+        for label, entry in whole.items():
+            if label not in adapters:
+                opened[label] = _with_own_weights(label, entry, model)
+    return [start, *(opened[label] for label in whole)], broken
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The Trainer's checkpoint folders, by steps."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def check_same_shape(base: Any, other: Any, label: str) -> None:
+    """Raise ValueError unless two hooked models can be compared head by head and token by token."""
+    one, two = backend_of(base), backend_of(other)
+    if one.signature != two.signature:
+        differing = [f"{k} {v} and {two.signature[k]}" for k, v in one.signature.items() if v != two.signature[k]]
+        raise ValueError(
+            f"{label} has another architecture or vocabulary than the base model ({', '.join(differing)}); "
+            "compare checkpoints of one model only"
+        )
+    if one.tokenizer is not two.tokenizer and one.tokenizer.get_vocab() != two.tokenizer.get_vocab():
+        raise ValueError(f"{label} has another vocabulary than the base model; compare checkpoints of one model only")
+
+
+def _expanded(entry: Any) -> list[Any]:
+    """A training run's folder as its checkpoints."""
+    if not isinstance(entry, (str, Path)) or not (Path(entry) / SETTINGS).is_file():
+        return [entry]
+    kept = checkpoints_in(entry)
+    steps = json.loads((Path(entry) / SETTINGS).read_text(encoding="utf-8"))["steps"]
+    return kept if kept and _step(kept[-1]) == steps else [*kept, Path(entry) / FINAL]
+
+
+def _labels(entries: Sequence[Any]) -> list[str]:
+    """Each path by as much of its end as tells it apart from the others, in the usual case its last folder."""
+    for n in range(1, max((len(Path(e).parts) for e in entries if isinstance(e, (str, Path))), default=1) + 1):
+        labels = [
+            "/".join(Path(entry).parts[-n:]) if isinstance(entry, (str, Path)) else f"{backend_of(entry).name} {i}"
+            for i, entry in enumerate(entries, start=1)
+        ]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ValueError("a checkpoint was given twice; pass each once")
+
+
+def _step(entry: Any) -> int | None:
+    name = Path(entry).name if isinstance(entry, (str, Path)) else ""
+    if name == FINAL and (Path(entry).parent / SETTINGS).is_file():
+        return json.loads((Path(entry).parent / SETTINGS).read_text(encoding="utf-8"))["steps"]
+    number = name.rsplit("-", 1)[-1]
+    return int(number) if name.startswith("checkpoint-") and number.isdigit() else None
+
+
+def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """All adapters on one base model, loaded before it is hooked: afterwards peft no longer finds its modules."""
+    if not isinstance(base, (str, Path)):
+        raise ValueError(
+            "adapters can't be put on a model that is hooked already; pass the base model's name or folder instead"
+        )
+    on_gpu = torch.cuda.is_available()
+    hf_model, tokenizer, name = load_hf(base, dtype=None if on_gpu else torch.float32)
+    fingerprint = weights_fingerprint(hf_model)
+    slots = {label: f"checkpoint_{i}" for i, label in enumerate(adapters)}
+    for label, path in adapters.items():
+        hf_model = add_adapter(hf_model, path, label=name, fingerprint=fingerprint, name=slots[label])
+    peft_model, model = hf_model, load_model(hf_model, backend="bridge", tokenizer=tokenizer)
+    model.cfg.model_name = name
+
+    @contextmanager
+    def plain() -> Iterator[Any]:
+        with peft_model.disable_adapter():
+            yield model
+
+    def checkpoint(label: str, slot: str) -> Checkpoint:
+        @contextmanager
+        def use() -> Iterator[Any]:
+            peft_model.set_adapter(slot)
+            yield model
+
+        return Checkpoint(label, _step(adapters[label]), use, lambda _: adapter_distance(peft_model, slot))
+
+    base_checkpoint = Checkpoint("base", 0, plain, lambda _: 0.0)
+    return base_checkpoint, {label: checkpoint(label, slot) for label, slot in slots.items()}
+
+
+def _with_own_weights(label: str, entry: Any, base: Any) -> Checkpoint:
+    """A hooked model, or a name or folder, which is loaded for as long as it is in use."""
+
+    @contextmanager
+    def use() -> Iterator[Any]:
+        model = load_model(entry)  # a hooked model comes back as it is
+        check_same_shape(base, model, label)
+        yield model
+
+    def distance(model: Any) -> float:
+        pairs = zip(model.parameters(), base.parameters(), strict=True)
+        return sum((a.detach() - b.detach().to(a)).double().square().sum().item() for a, b in pairs) ** 0.5
+
+    return Checkpoint(label, _step(entry), use, distance)

@@ -1,0 +1,163 @@
+"""Knowledge and instruction probability: does the model know the answer, and does it give it in the form asked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ivlens.models.backends import backend_of
+from ivlens.patching.reading import read_prompts
+from ivlens.prompts import Prompt, build_prompts, tokenize
+from ivlens.statistics import bootstrap_mean, sign_flip
+from ivlens.tasks.suite import as_suite
+from ivlens.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["AnswerProbabilities", "answer_probabilities", "compare_probabilities"]
+
+KINDS = ("knowledge", "instruction")
+
+
+@dataclass(frozen=True)
+class AnswerProbabilities:
+    """Log-probabilities of answers (IV §2), per task [prompt], in nats.
+
+    Attributes
+    ----------
+    knowledge
+        log P(y | x): the answer's content, after the bare question.
+    instruction
+        log P(y_c | c, x): the answer in the form the instruction asks for, after instruction and query.
+    tokens
+        Answer tokens behind each, [prompt 2] (knowledge, instruction).
+    """
+
+    knowledge: dict[str, Float[Tensor, " prompt"]]
+    instruction: dict[str, Float[Tensor, " prompt"]]
+    tokens: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task_names(self) -> list[str]:
+        return list(self.knowledge)
+
+    def per_token(self, kind: str, task: str) -> Float[Tensor, " prompt"]:
+        """Mean log-probability per answer token."""
+        return getattr(self, kind)[task] / self.tokens[task][:, KINDS.index(kind)]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per task and kind: mean sequence probability and mean log-probability per token, 95 % bootstrap intervals."""
+        import pandas as pd
+
+        rows = []
+        for task in self.task_names:
+            for kind in KINDS:
+                chance = getattr(self, kind)[task].exp().numpy()
+                low, high = bootstrap_mean([chance])
+                row = {"task": task, "kind": kind, "probability": float(chance.mean()), "low": low, "high": high}
+                rows.append({**row, "log_probability": self.per_token(kind, task).mean().item(), "n": len(chance)})
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return f"AnswerProbabilities\n{self.to_dataframe().round(4).to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().round(4).to_html(index=False)  # escapes
+
+
+@torch.inference_mode()
+def answer_probabilities(
+    model: Any,
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    *,
+    shots: int = 0,
+    instruction: bool | str | int = 0,
+    style: str = "qa",
+    split: str = "test",
+    n_prompts: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> AnswerProbabilities:
+    """Knowledge probability P(y | x) and instruction probability P(y_c | c, x) of every example (IV §2).
+
+    An example needs a `question` (asked plainly) and a `content` (the answer's text); its `output` is the answer in the form
+    the instruction asks for, such as an option letter. Probabilities are of the whole answer, teacher-forced.
+
+    Parameters
+    ----------
+    shots, instruction, style
+        How the prompts with the instruction look (default: its first wording); the bare question has neither.
+
+    Raises
+    ------
+    ValueError
+        If a task's examples have no question or content.
+    """
+    suite, backend = as_suite(tasks), backend_of(model)
+    found: dict[str, dict[str, Tensor]] = {"knowledge": {}, "instruction": {}, "tokens": {}}
+    options: dict[str, Any] = {"instruction": instruction, "style": style, "split": split, "seed": seed}
+    with tqdm(total=2 * len(suite), desc="answer probabilities", disable=not progress) as bar:
+        for task in suite.values():
+            prompts = build_prompts(task, n=n_prompts, shots=shots, **options)
+            lengths = []
+            for kind, asked in (("knowledge", [_plain(p) for p in prompts]), ("instruction", prompts)):
+                bar.set_postfix_str(f"{task.name}, {kind}")
+                rows = tokenize(backend, asked)
+                found[kind][task.name] = read_prompts(backend, rows, batch_size=batch_size).scores["log_probability"]
+                lengths.append(torch.tensor([len(row.answer) for row in rows]))
+                bar.update()
+            found["tokens"][task.name] = torch.stack(lengths, dim=1)
+    return AnswerProbabilities(**found, metadata={"model": backend.name, "shots": shots, **options})
+
+
+def _plain(prompt: Prompt) -> Prompt:
+    """The question asked plainly, answered by its content."""
+    query = prompt.query
+    if not query.question or not query.content:
+        raise ValueError(
+            f"task {prompt.task!r} has no content answer to {query.input!r}: knowledge probability needs records with "
+            "'question' (asked plainly) and 'content' (the answer's text), beside 'input' and 'output'"
+        )
+    return Prompt(Example(query.question, query.content), style=prompt.style, task=prompt.task)
+
+
+def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilities, *, seed: int = 0) -> pd.DataFrame:
+    """How far each kind fell, and whether instruction fell further than knowledge: one row per task, and all together.
+
+    Falls are of the mean log-probability per token (nats), prompt by prompt on the same prompts; `p` is two-sided from
+    flipping the signs of the paired differences (instruction's fall − knowledge's fall) at random. `*_ratio` is the mean
+    sequence probability after over before. Our choice.
+    """
+    import pandas as pd
+
+    if before.task_names != after.task_names:
+        raise ValueError("before and after cover different tasks; measure both on the same ones")
+    falls = {
+        kind: {t: (before.per_token(kind, t) - after.per_token(kind, t)).numpy() for t in before.task_names}
+        for kind in KINDS
+    }
+    rows = []
+    for name in [*before.task_names, "all tasks"]:
+        tasks = before.task_names if name == "all tasks" else [name]
+        row: dict[str, Any] = {"task": name}
+        for kind in KINDS:
+            values = [falls[kind][t] for t in tasks]
+            low, high = bootstrap_mean(values, seed=seed)
+            mean = sum(v.mean() for v in values) / len(values)
+            chances = [[x[t].exp().mean().item() for t in tasks] for x in (getattr(before, kind), getattr(after, kind))]
+            row |= {f"{kind}_fall": mean, f"{kind}_low": low, f"{kind}_high": high}
+            row[f"{kind}_ratio"] = sum(chances[1]) / sum(chances[0])
+        extra = [falls["instruction"][t] - falls["knowledge"][t] for t in tasks]
+        low, high = bootstrap_mean(extra, seed=seed)
+        row |= {"difference": sum(v.mean() for v in extra) / len(extra), "low": low, "high": high}
+        rows.append({**row, "p": sign_flip(extra, seed=seed), "n": sum(map(len, extra))})
+    return pd.DataFrame(rows)
