@@ -248,11 +248,11 @@ class _Store:
         if path.exists():
             tensors, about = read_tensors(path)
             groups: Found = {"hits": {}, "states": {}, "choices": about["choices"]}
-            for name, tensor in tensors.items():
+            for name in about["order"]:  # that of the conditions; the file sorts them
                 group, key = name.split("/", 1)
-                groups[group][key] = tensor
+                groups[group][key] = tensors[name]
             return groups
         found = make()
         tensors = {f"{g}/{k}": t for g in ("hits", "states") for k, t in found.get(g, {}).items()}
-        write_tensors(path, tensors, {"choices": found["choices"]})
+        write_tensors(path, tensors, {"choices": found["choices"], "order": list(tensors)})
         return found

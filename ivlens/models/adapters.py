@@ -80,8 +80,10 @@ def add_adapter(hf_model: Any, path: str | Path, *, label: str, fingerprint: str
 @torch.inference_mode()
 def adapter_distance(peft_model: Any, name: str) -> float:
     """How far an adapter moves the weights: the Euclidean norm of all its changes together; NaN where it isn't additive."""
+    from peft.tuners.lora import LoraLayer
+
     total = 0.0
     for module in peft_model.modules():
-        if name in getattr(module, "lora_A", {}):
+        if isinstance(module, LoraLayer) and name in module.lora_A:
             total += module.get_delta_weight(name).double().square().sum().item()
     return total**0.5 if total else float("nan")

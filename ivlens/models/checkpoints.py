@@ -91,14 +91,29 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 def check_same_shape(base: Any, other: Any, label: str) -> None:
     """Raise ValueError unless two hooked models can be compared head by head and token by token."""
     one, two = backend_of(base), backend_of(other)
-    if one.signature != two.signature:
-        differing = [f"{k} {v} and {two.signature[k]}" for k, v in one.signature.items() if v != two.signature[k]]
+    differing = [f"{k} {v} and {two.signature[k]}" for k, v in one.signature.items() if v != two.signature[k]]
+    if not differing and [w.shape for w in _weights(base)] != [w.shape for w in _weights(other)]:
+        differing = ["shapes of the weights"]
+    if one.tokenizer is not two.tokenizer and one.tokenizer.get_vocab() != two.tokenizer.get_vocab():
+        differing.append("the tokenizers' words")
+    if differing:
         raise ValueError(
             f"{label} has another architecture or vocabulary than the base model ({', '.join(differing)}); "
             "compare checkpoints of one model only"
         )
-    if one.tokenizer is not two.tokenizer and one.tokenizer.get_vocab() != two.tokenizer.get_vocab():
-        raise ValueError(f"{label} has another vocabulary than the base model; compare checkpoints of one model only")
+
+
+@torch.no_grad()
+def _weights(model: Any) -> Iterator[torch.Tensor]:
+    """Every weight as it acts: with the adapters in use on it."""
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            if not layer.disable_adapters:
+                weight = sum((layer.get_delta_weight(adapter) for adapter in layer.active_adapters), weight)
+        yield weight.detach()
 
 
 def _expanded(entry: Any) -> list[Any]:
@@ -172,7 +187,7 @@ def _with_own_weights(label: str, entry: Any, base: Any) -> Checkpoint:
         yield model
 
     def distance(model: Any) -> float:
-        pairs = zip(model.parameters(), base.parameters(), strict=True)
-        return sum((a.detach() - b.detach().to(a)).double().square().sum().item() for a, b in pairs) ** 0.5
+        pairs = zip(_weights(model), _weights(base), strict=True)
+        return sum((a - b.to(a)).double().square().sum().item() for a, b in pairs) ** 0.5
 
     return Checkpoint(label, _step(entry), use, distance)

@@ -221,7 +221,7 @@ def _trainer(
 
     defaults: dict[str, Any] = {
         "lr_scheduler_type": "constant",
-        "logging_steps": 10,
+        "logging_steps": max(1, min(10, arguments["max_steps"] // 10)),
         "report_to": "none",
         "remove_unused_columns": False,
         "save_strategy": "no" if save_every is None else "steps",
