@@ -29,6 +29,7 @@ _HOME = {
     "tune_injection": "ivlens.tuning",
     "evaluate": "ivlens.evaluation",
     "Evaluation": "ivlens.evaluation",
+    "AnswerProbabilities": "ivlens.probabilities",
     "answer_probabilities": "ivlens.probabilities",
     "compare_probabilities": "ivlens.probabilities",
     "fine_tune": "ivlens.training.finetune",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from ivlens.models.backends import backend_of
 from ivlens.patching.reading import read_prompts
 from ivlens.prompts import Prompt, build_prompts, tokenize
 from ivlens.statistics import bootstrap_mean, sign_flip
+from ivlens.storage import read_tensors, write_tensors
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Example, Task
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["AnswerProbabilities", "answer_probabilities", "compare_probabilities"]
 
 KINDS = ("knowledge", "instruction")
+FILE_KIND = "answer probabilities"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,21 @@ class AnswerProbabilities:
                 row = {"task": task, "kind": kind, "probability": float(chance.mean()), "low": low, "high": high}
                 rows.append({**row, "log_probability": self.per_token(kind, task).mean().item(), "n": len(chance)})
         return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> Path:
+        """Save to one `.safetensors` file."""
+        tensors = {
+            f"{kind}/{task}": getattr(self, kind)[task] for kind in (*KINDS, "tokens") for task in self.task_names
+        }
+        about = {"kind": FILE_KIND, "tasks": self.task_names, "metadata": self.metadata}
+        return write_tensors(path, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AnswerProbabilities:
+        """Load what `save` wrote."""
+        tensors, about = read_tensors(path, kind=FILE_KIND)
+        parts = ({task: tensors[f"{kind}/{task}"] for task in about["tasks"]} for kind in (*KINDS, "tokens"))
+        return cls(*parts, about["metadata"])
 
     def __repr__(self) -> str:
         return f"AnswerProbabilities\n{self.to_dataframe().round(4).to_string(index=False)}"

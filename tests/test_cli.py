@@ -100,4 +100,63 @@ def test_unknown_task_ends_with_a_hint_not_a_traceback():
 
 
 def test_file_without_instruction_is_an_error(folder):
-    assert "--file needs --instruction" in run("locate", "--file", f"{folder / 'past.jsonl'}", code=2)
+    output = run("locate", "--file", f"{folder / 'past.jsonl'}", code=2)
+    assert "task 'past' has no instruction; give at least one sentence" in output
+    files = ["--file", f"{folder / 'past.jsonl'}"] * 2
+    assert "2 --file but 1 --instruction" in run("locate", *files, "--instruction", "x", code=2)
+
+
+def test_records_bring_their_own_instruction(folder, tmp_path):
+    records = [json.dumps({"input": v, "output": f"{v}s", "instruction": "Write the plural."}) for v in tiny.VERBS]
+    (tmp_path / "plural.jsonl").write_text("\n".join(records))
+    options = ["--model", f"{folder / 'model'}", "--shots", "2", "--n-prompts", "3", "--out", f"{tmp_path / 'heads'}"]
+    run("locate", "--file", f"{tmp_path / 'plural.jsonl'}", *options)
+    assert ivl.HeadEffects.load(tmp_path / "heads" / "effects.safetensors").task_names == ["plural"]
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """Tasks of one's own with a question and a content, and what `train` makes of the first."""
+    letters = [
+        {"input": f"{v}?\nA. x\nB. y", "output": "AB"[i % 2], "question": f"{v}?", "content": "xy"[i % 2]}
+        for i, v in enumerate(tiny.VERBS)
+    ]
+    (folder / "choice.jsonl").write_text(
+        "\n".join(json.dumps({**r, "instruction": "Say the letter."}) for r in letters)
+    )
+    files = ["--model", f"{folder / 'model'}", "--file", f"{folder / 'past.jsonl'}", "--instruction", "Write the past."]
+    out = ["--steps", "4", "--batch-size", "2", "--lr", "0.01", "--save-every", "2", "--out", f"{folder / 'trained'}"]
+    assert "loss" in run("train", *files, *out)
+    return folder / "trained"
+
+
+def common(folder):
+    files = ["--file", f"{folder / 'past.jsonl'}", "--file", f"{folder / 'choice.jsonl'}"]
+    told = ["--instruction", "Write the past.", "--instruction", "Say the letter."]
+    return ["--model", f"{folder / 'model'}", *files, *told, "--shots", "2", "--n-prompts", "4", "--top", "3"]
+
+
+def test_train_writes_adapters_and_a_report(trained):
+    assert [p.name for p in ivl.TrainingRun.load(trained).checkpoints] == ["checkpoint-2", "checkpoint-4", "final"]
+    assert "<html" in (trained / "report.html").read_text().lower()
+
+
+def test_compare_writes_change_recovery_and_a_report(folder, trained, tmp_path):
+    output = run("compare", f"{trained / 'final'}", *common(folder), "--n-effects", "2", "--out", f"{tmp_path}")
+    assert "Share of the lost accuracy" in output
+    assert ivl.Change.load(tmp_path / "change").task_names == ["past", "choice"]
+    assert "original state" in ivl.Recovery.load(tmp_path / "recovery" / "recovery.json").conditions
+    report = (tmp_path / "report.html").read_text()
+    assert "Knowing the answer" in report and "Putting the old vectors back" in report
+
+
+def test_track_follows_the_checkpoints_of_a_run(folder, trained, tmp_path):
+    heads = ["--heads", f"{folder / 'heads' / 'effects.safetensors'}"]
+    run("track", f"{trained}", *common(folder), *heads, "--out", f"{tmp_path}")
+    change = ivl.Change.load(tmp_path / "change")
+    assert [s.step for s in change.snapshots] == [0, 2, 4]
+    assert "Along fine-tuning" in (tmp_path / "report.html").read_text()
+
+
+def test_train_without_a_task_says_so():
+    assert "name a task to train on" in run("train", code=2)

@@ -131,7 +131,9 @@ def test_something_was_lost_and_shares_are_of_what_was_lost_on_the_validation_sp
     shares = recovery.shares().set_index("condition")
     assert "before" not in shares.index and shares.loc["old vector", "low"] <= shares.loc["old vector", "share"]
     kept = recovery.kept()
-    assert kept["ratio"] == pytest.approx(kept["after"] / kept["before"]) and kept["low"] <= kept["ratio"] <= kept["high"]
+    assert (
+        kept["ratio"] == pytest.approx(kept["after"] / kept["before"]) and kept["low"] <= kept["ratio"] <= kept["high"]
+    )
 
 
 def test_recovery_comes_back_from_its_file_and_resumes_from_its_folder(

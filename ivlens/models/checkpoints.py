@@ -145,7 +145,7 @@ def _step(entry: Any) -> int | None:
     return int(number) if name.startswith("checkpoint-") and number.isdigit() else None
 
 
-def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+def _with_adapters(base: Any, adapters: Mapping[str, str | Path]) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """All adapters on one base model, loaded before it is hooked: afterwards peft no longer finds its modules."""
     if not isinstance(base, (str, Path)):
         raise ValueError(

@@ -53,7 +53,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.instructions or not all(self.instructions):
-            raise ValueError(f"task {self.name!r} has no instruction; give at least one sentence that says what to do")
+            raise ValueError(
+                f"task {self.name!r} has no instruction; give at least one sentence that says what to do (instruction)"
+            )
 
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of `train`, `valid` or `test`."""
@@ -70,7 +72,7 @@ class Task:
         records: Iterable[Mapping[str, Any]],
         *,
         name: str,
-        instruction: str | Sequence[str],
+        instruction: str | Sequence[str] | None = None,
         columns: Mapping[str, str] | None = None,
         group: str = "own",
         description: str = "",
@@ -80,21 +82,24 @@ class Task:
         Parameters
         ----------
         instruction
-            What to do, in one wording or several.
+            What to do, in one wording or several; None takes the records' own (key `instruction`).
         columns
             Where your keys have other names: `{"input": "question", "output": "answer"}`. Optional keys are `split`
-            (train, valid, test), `question` and `content` (see `Example`).
+            (train, valid, test), `instruction`, `question` and `content` (see `Example`).
 
         Notes
         -----
-        Without a `split` key the examples are shuffled with a fixed seed and cut 50 : 15 : 35.
+        Without a `split` key the examples are shuffled with a fixed seed and cut 50 : 15 : 35. Where there is a train but no
+        valid split, a fifth of train (at most 200) becomes the valid split.
 
         Raises
         ------
         ValueError
             If there are no records, or an input or output is missing or empty.
         """
-        names = {key: (columns or {}).get(key, key) for key in ("input", "output", "split", "question", "content")}
+        keys = ("input", "output", "split", "instruction", "question", "content")
+        names = {key: (columns or {}).get(key, key) for key in keys}
+        told: dict[str, None] = {}
         examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
         loose: list[Example] = []
         for i, record in enumerate(records):
@@ -104,6 +109,7 @@ class Task:
             if split is not None and split not in SPLITS:
                 raise ValueError(f"record {i} of task {name!r} has split={split!r}; choose one of {', '.join(SPLITS)}")
             (loose if split is None else examples[split]).append(example)
+            told[str(record.get(names["instruction"]) or "")] = None
         if not loose and not any(examples.values()):
             raise ValueError(
                 f"task {name!r} is empty; give it at least one record with {names['input']!r} and {names['output']!r}"
@@ -113,6 +119,11 @@ class Task:
         examples["train"] += loose[:first]
         examples["valid"] += loose[first:second]
         examples["test"] += loose[second:]
+        if examples["train"] and not loose and not examples["valid"]:
+            cut = min(len(examples["train"]) // 5, 200)
+            random.Random(0).shuffle(examples["train"])
+            examples["valid"], examples["train"] = examples["train"][:cut], examples["train"][cut:]
+        instruction = [text for text in told if text] if instruction is None else instruction
         wordings = (instruction,) if isinstance(instruction, str) else tuple(instruction)
         return cls(name, wordings, *(tuple(examples[s]) for s in SPLITS), group=group, description=description)
 
@@ -121,7 +132,7 @@ class Task:
         cls,
         path: str | Path,
         *,
-        instruction: str | Sequence[str],
+        instruction: str | Sequence[str] | None = None,
         name: str | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> Task:
@@ -145,7 +156,7 @@ class Task:
         dataset: datasets.Dataset | datasets.DatasetDict,
         *,
         name: str,
-        instruction: str | Sequence[str],
+        instruction: str | Sequence[str] | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> Task:
         """A task from a `datasets.Dataset`, or a `DatasetDict` whose splits (train, validation, test) are kept."""

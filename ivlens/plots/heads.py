@@ -1,4 +1,4 @@
-"""Figures of results. Each function returns a `go.Figure` and leaves plotly's global templates alone."""
+"""Figures of heads' effects, of the residual stream, and of vectors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ivlens.style import (
-    DIVERGING,
+from ivlens.plots.style import (
     FAINT,
     GRID,
     INK,
-    MARK,
     RDBU,
-    SEQUENTIAL,
-    bare,
     colorbar,
-    condition_colours,
     counted,
     diverging,
     escaped,
@@ -28,33 +23,26 @@ from ivlens.style import (
     grid_axes,
     heatmap,
     hover_heads,
-    label_width,
-    legend_above,
-    legend_lines,
     map_size,
     numbers,
     outline,
     percent,
-    plain,
     sequential,
     signed,
-    task_labels,
     ticks,
     unit,
     which_tasks,
     with_minus,
 )
+from ivlens.plots.traces import cosine_map
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from ivlens.evaluation import Evaluation
     from ivlens.patching.effects import HeadEffects
     from ivlens.patching.residual import ResidualEffects
-    from ivlens.tuning import InjectionSearch
     from ivlens.vectors import InstructionVector
 
-__all__ = ["plot_effects", "plot_evaluation", "plot_residual", "plot_search", "plot_shares", "plot_similarity"]
+
+__all__ = ["plot_effects", "plot_residual", "plot_shares", "plot_similarity"]
 
 KINDS = ("mean", "stderr", "tasks")
 
@@ -146,103 +134,6 @@ def plot_residual(effects: ResidualEffects) -> go.Figure:
     return finish(figure, "Patching the residual stream", notes, width=width, height=height, right=96)
 
 
-# -- injection ---------------------------------------------------------------------------------------------------------
-def plot_search(search: InjectionSearch) -> go.Figure:
-    """Heatmaps of first-token accuracy, scale × layer, of the vector and of a random one; the choice is outlined."""
-    columns = sorted(range(len(search.layers)), key=lambda i: search.layers[i])
-    rows = sorted(range(len(search.scales)), key=lambda i: search.scales[i])
-    layers, scales = [search.layers[i] for i in columns], [search.scales[i] for i in rows]
-    panels = [numbers(x).T[np.ix_(rows, columns)] for x in (search.accuracy, search.control)]
-    best, gap = search.best, 36
-    x, y = layers.index(best.layer), scales.index(best.scale)
-    size = width, height = map_size(len(scales), len(layers), room=480, largest=40, smallest=(300, 180))
-    names = "the vector", "a random vector of the same length"
-    figure = make_subplots(1, 2, subplot_titles=names, horizontal_spacing=gap / (2 * width + gap))
-    for column, (panel, name) in enumerate(zip(panels, ("vector", "random vector"), strict=True), start=1):
-        hover = [
-            [f"{name}, layer {layer}, scale {plain(scale)}: {panel[i, j]:.1%}" for j, layer in enumerate(layers)]
-            for i, scale in enumerate(scales)
-        ]
-        options = {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": 1, "showscale": column == 1}
-        figure.add_trace(heatmap(panel, hover, size, **options), 1, column)
-        outline(figure, x, y, MARK, row=1, col=column)
-    figure.update_xaxes(title_text="layer", **ticks(layers, width // 26), **bare())
-    figure.update_yaxes(**ticks([plain(s) for s in scales], height // 18), **bare())
-    figure.update_yaxes(title_text="scale", col=1)
-    figure.update_yaxes(showticklabels=False, col=2)
-    figure.update_annotations(font_size=13, yshift=2)
-    colorbar(figure, "accuracy", tickformat=".0%")
-    goal = "inducing" if search.goal == "induce" else "suppressing"
-    chosen, beside = panels[0][y, x], panels[1][y, x]
-    notes = [
-        f"{goal} the task, {counted(search.n, 'prompt')} · nothing injected: {search.baseline:.1%}",
-        f"outlined: layer {best.layer}, scale {plain(best.scale)}: {chosen:.1%} (random vector there: {beside:.1%})",
-    ]
-    title = f"Where and how strongly to inject “{escaped(search.vector.name)}”"
-    return finish(figure, title, notes, width=2 * width + gap, height=height, right=96, extra_top=20)
-
-
-def plot_evaluation(evaluation: Evaluation, metric: str = "first_token") -> go.Figure:
-    """Bars per task, one colour per condition, with 95 % intervals; many tasks go into several rows."""
-    if metric not in evaluation.metrics:
-        raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(evaluation.metrics)}")
-    frame = evaluation.to_dataframe()
-    frame = frame[frame["metric"] == metric]
-    tasks, conditions = evaluation.task_names, evaluation.conditions
-    group = max(56, 13 * len(conditions) + 20, label_width(tasks))
-    n_rows = math.ceil(len(tasks) / max(1, 1000 // group))
-    n_columns = math.ceil(len(tasks) / n_rows)
-    width = max(520, n_columns * group)
-    labels, angle, room = task_labels(tasks, width // n_columns)
-    height, gap = (300 if n_rows == 1 else 180) * n_rows + (48 + room) * (n_rows - 1), 48 + room
-    figure = make_subplots(n_rows, 1, vertical_spacing=gap / height if n_rows > 1 else 0)
-    percent = metric in ("first_token", "exact_match")
-    named = set()  # a condition stands in the legend once, whichever row it comes up in first
-    for row in range(n_rows):
-        here = tasks[row * n_columns : (row + 1) * n_columns]
-        for condition, colour in condition_colours(conditions).items():
-            part = frame[(frame["condition"] == condition) & frame["task"].isin(here)]
-            if len(part):
-                bars = _bars(part, condition, colour, ".1%" if percent else ".3f")
-                figure.add_trace(bars.update(showlegend=condition not in named), row + 1, 1)
-                named.add(condition)
-        shown = {"tickvals": [escaped(task) for task in here], "ticktext": [labels[task] for task in here]}
-        # Every row has room for as many tasks, so that bars have one width throughout.
-        figure.update_xaxes(categoryarray=shown["tickvals"], range=[-0.5, n_columns - 0.5], **shown, row=row + 1, col=1)
-    figure.update_xaxes(type="category", categoryorder="array", tickangle=angle)
-    figure.update_yaxes(title_text=unit(metric), tickformat=".0%" if percent else None, range=[0, 1.03], gridcolor=GRID)
-    figure.update_layout(barmode="group", bargap=0.22, bargroupgap=0.06, legend=legend_above())
-    least, most = frame["n"].min(), frame["n"].max()
-    notes = [f"mean and 95% interval · {least if least == most else f'{least} to {most}'} prompts per bar"]
-    if (shots := evaluation.metadata.get("shots")) is not None:
-        notes[0] += f" · {counted(shots, 'demonstration') if shots else 'zero-shot'}"
-    title = f"{unit(metric)[0].upper()}{unit(metric)[1:]} with and without the vector"
-    extra = {"extra_top": 14 + 20 * legend_lines(conditions, width), "extra_bottom": room - 20}
-    return finish(figure, title, notes, width=width, height=height, right=24, **extra)
-
-
-def _bars(part: pd.DataFrame, condition: str, colour: str, digits: str) -> go.Bar:
-    mean, low, high = (f"%{{{name}:{digits}}}" for name in ("y", "customdata[0]", "customdata[1]"))
-    hover = f"%{{x}}<br>%{{fullData.name}}: {mean} [{low}, {high}]<br>n = %{{customdata[2]}}"
-    return go.Bar(
-        x=[escaped(task) for task in part["task"]],
-        y=part["mean"].tolist(),
-        name=escaped(condition),
-        legendgroup=condition,
-        marker_color=colour,
-        error_y={
-            "array": (part["high"] - part["mean"]).clip(lower=0).tolist(),
-            "arrayminus": (part["mean"] - part["low"]).clip(lower=0).tolist(),
-            "symmetric": False,
-            "color": INK,
-            "thickness": 1.2,
-            "width": 2,
-        },
-        customdata=part[["low", "high", "n"]].to_numpy().tolist(),
-        hovertemplate=hover + "<extra></extra>",
-    )
-
-
 # -- vectors -----------------------------------------------------------------------------------------------------------
 def plot_shares(vector: InstructionVector) -> go.Figure:
     """Bars: the part of the vector's length that each head contributes; the parts add up to one."""
@@ -276,20 +167,6 @@ def plot_similarity(vectors: Mapping[str, InstructionVector]) -> go.Figure:
         raise ValueError("no vectors given; pass a mapping from a name to each, such as {'antonym': iv}")
     names = list(vectors)
     cosines = np.array([[vectors[a].cosine(vectors[b]) for b in names] for a in names])
-    shown = [escaped(name) for name in names]
-    hover = [
-        [f"{a} · {b}  {signed(x)}" for b, x in zip(shown, row, strict=True)]
-        for a, row in zip(shown, cosines, strict=True)
-    ]
-    cell = max(14, min(54, 560 // len(names)))
-    size = (max(280, cell * len(names)),) * 2
-    figure = go.Figure(heatmap(cosines, hover, size, colorscale=DIVERGING, zmin=-1, zmax=1, zmid=0))
-    if len(names) <= 12:
-        figure.update_traces(texttemplate="%{z:.2f}", textfont_size=12)
-    figure.update_xaxes(tickangle=-45, **ticks(shown), **bare())
-    figure.update_yaxes(autorange="reversed", **ticks(shown), **bare())
-    colorbar(figure, "cosine")
-    side = 7 * max(map(len, names))
+    figure, size = cosine_map(cosines, names)
     notes = [f"cosine similarity of {counted(len(names), 'vector')}; 1: the same direction, 0: unrelated"]
-    margins = {"left": side - 50, "right": 96, "extra_bottom": int(side * 0.75) - 30}
-    return finish(figure, "How alike the tasks' vectors are", notes, width=size[0], height=size[1], **margins)
+    return finish(figure, "How alike the tasks' vectors are", notes, **size)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "BEFORE_AFTER",
     "DIVERGING",
     "FAINT",
     "GRID",
@@ -25,6 +26,8 @@ __all__ = [
     "MARK",
     "RDBU",
     "SEQUENTIAL",
+    "TASK_COLOURS",
+    "ZERO",
     "bare",
     "colorbar",
     "condition_colours",
@@ -45,6 +48,7 @@ __all__ = [
     "plain",
     "sequential",
     "signed",
+    "span",
     "task_labels",
     "tick_step",
     "ticks",
@@ -55,6 +59,7 @@ __all__ = [
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK, FAINT, GRID, MARK = "#1f2328", "#59636e", "#e6e8eb", "#d55e00"
+ZERO = {"zerolinecolor": FAINT, "zerolinewidth": 1}
 
 # RdBu as ColorBrewer's seven classes: without plotly's almost black ends, on which an outline would not show.
 RDBU = ["#b2182b", "#ef8a62", "#fddbc7", "#f7f7f7", "#d1e5f0", "#67a9cf", "#2166ac"]
@@ -69,7 +74,17 @@ COLOURS = {
     "random heads": "#d55e00",
     "other task": "#cc79a7",
     "demonstrations": "#009e73",
+    # of models before and after training
+    "before": "#999999",
+    "before + vector": "#4d545c",
+    "after": "#d5d9de",
+    "old vector": "#0072b2",
+    "old vector, by heads": "#56b4e9",
+    "old − new vector": "#d55e00",
+    "original state": "#009e73",
 }
+BEFORE_AFTER = {"before": "#7d8590", "after": "#d55e00"}
+TASK_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7b4fa3", "#000000")
 MORE_COLOURS = ("#56b4e9", "#f0e442", "#000000", "#7b4fa3", "#8c6d31")
 
 # Buttons that would lie on the title; dragging zooms and a double click goes back.
@@ -192,8 +207,9 @@ def finish(
 
 def condition_colours(conditions: Sequence[str]) -> dict[str, str]:
     """A colour per condition: the known ones always have theirs."""
-    more = iter(MORE_COLOURS * len(conditions))
     kinds = {c: "demonstrations" if c.endswith("demonstrations") else c for c in conditions}
+    taken = {COLOURS.get(kind) for kind in kinds.values()}
+    more = iter([colour for colour in MORE_COLOURS if colour not in taken] * len(conditions))
     return {c: COLOURS[kind] if kind in COLOURS else next(more) for c, kind in kinds.items()}
 
 
@@ -266,6 +282,12 @@ def plain(scale: float) -> str:
 
 def counted(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def span(amounts: Sequence[int]) -> str:
+    """The one amount, or from the least to the most."""
+    least, most = min(amounts), max(amounts)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def which_tasks(names: Sequence[str]) -> str:

@@ -1,0 +1,223 @@
+"""`ivlens train | compare | track`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ivlens.cli.app import app
+from ivlens.cli.common import (
+    ModelName,
+    Out,
+    Seed,
+    Style,
+    TaskFiles,
+    TaskNames,
+    Told,
+    about,
+    load,
+    print_table,
+    read_tasks,
+    readable_errors,
+    say,
+)
+
+if TYPE_CHECKING:
+    from ivlens.dynamics import Change, Recovery
+    from ivlens.tasks.suite import TaskSuite
+
+Heads = Annotated[
+    Path | None, typer.Option("--heads", help="effects.safetensors of `ivlens locate`; default: located now")
+]
+Top = Annotated[int, typer.Option("--top", help="How many heads make a vector")]
+Shots = Annotated[int, typer.Option("--shots", help="Demonstrations in each prompt")]
+Asked = Annotated[bool, typer.Option("--ask", help="Put an instruction into each prompt")]
+NPrompts = Annotated[int, typer.Option("--n-prompts", help="Test prompts per task")]
+
+
+@app.command()
+def train(
+    task: Annotated[list[str] | None, typer.Argument(help="Built-in tasks to train on")] = None,
+    model: ModelName = "smollm2",
+    file: TaskFiles = None,
+    instruction: Told = None,
+    steps: Annotated[int, typer.Option()] = 100,
+    batch_size: Annotated[int, typer.Option()] = 8,
+    learning_rate: Annotated[float, typer.Option("--lr")] = 1e-4,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA adapters")] = False,
+    shots: Shots = 0,
+    style: Style = "qa",
+    save_every: Annotated[int | None, typer.Option(help="Keep a checkpoint every so many steps")] = None,
+    seed: Seed = 0,
+    out: Out = Path("trained"),
+) -> None:
+    """Fine-tune on a task. An interrupted run goes on where it stopped."""
+    with readable_errors():
+        from ivlens.report import Section, write_report
+        from ivlens.training import fine_tune
+
+        if not task and not file:
+            raise ValueError("name a task to train on, or give --file; `ivlens tasks` lists the built-in ones")
+        run = fine_tune(
+            model,
+            read_tasks(task, file, instruction),
+            folder=out,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            lora=not full,
+            shots=shots,
+            style=style,
+            save_every=save_every,
+            seed=seed,
+        )
+        sections = [Section("Loss", repr(run), [run.plot()])]
+        write_report(out / "report.html", title="Fine-tuning", sections=sections, about=about(dict(run.settings)))
+    print_table(run.to_dataframe()[["step", "loss"]], "Loss on answer tokens (nats)")
+    what = "" if full else f"--model {model} --adapter "
+    say(
+        f"Wrote {run.final} and {out / 'report.html'}; compare it: ivlens compare {run.final} (or locate {what}{run.final})"
+    )
+
+
+@app.command()
+def compare(
+    after: Annotated[str, typer.Argument(help="Adapter folder, or a model's folder or name")],
+    model: ModelName = "smollm2",
+    task: TaskNames = None,
+    file: TaskFiles = None,
+    instruction: Told = None,
+    heads: Heads = None,
+    top: Top = 10,
+    shots: Shots = 5,
+    ask: Asked = False,
+    style: Style = "qa",
+    n_prompts: NPrompts = 100,
+    n_effects: Annotated[
+        int, typer.Option(help="Prompts per task to locate heads on, before and after; 0 for not")
+    ] = 8,
+    recover: Annotated[bool, typer.Option(help="Put the old vectors back")] = True,
+    seed: Seed = 0,
+    out: Out = Path("compared"),
+) -> None:
+    """Instruction vectors before and after training, and putting the old ones back."""
+    options = {"shots": shots, "instruction": ask, "style": style, "seed": seed, "n_prompts": n_prompts}
+    _study([after], model, (task, file, instruction), (heads, top), options, n_effects, recover, out, "compare")
+
+
+@app.command()
+def track(
+    checkpoints: Annotated[list[str], typer.Argument(help="A folder of `ivlens train`, or adapter or model folders")],
+    model: ModelName = "smollm2",
+    task: TaskNames = None,
+    file: TaskFiles = None,
+    instruction: Told = None,
+    heads: Heads = None,
+    top: Top = 10,
+    shots: Shots = 5,
+    ask: Asked = False,
+    style: Style = "qa",
+    n_prompts: NPrompts = 100,
+    n_effects: Annotated[int, typer.Option(help="Prompts per task to locate heads on at every checkpoint")] = 0,
+    recover: Annotated[bool, typer.Option(help="Put the old vectors back at every checkpoint")] = False,
+    seed: Seed = 0,
+    out: Out = Path("tracked"),
+) -> None:
+    """Instruction vectors and accuracy along training. An interrupted run goes on where it stopped."""
+    options = {"shots": shots, "instruction": ask, "style": style, "seed": seed, "n_prompts": n_prompts}
+    _study(checkpoints, model, (task, file, instruction), (heads, top), options, n_effects, recover, out, "track")
+
+
+def _study(
+    checkpoints: list[str],
+    model: str,
+    tasks: tuple[list[str] | None, list[Path] | None, list[str] | None],
+    heads: tuple[Path | None, int],
+    options: dict[str, Any],
+    n_effects: int,
+    recovering: bool,
+    out: Path,
+    kind: str,
+) -> None:
+    """Heads and vectors of the base, every checkpoint beside it, and what the old vectors bring back."""
+    with readable_errors():
+        from ivlens.dynamics import recover, track
+
+        suite = read_tasks(*tasks)
+        chosen, vectors = _of_base(model, suite, heads, options, out)
+        change = track(checkpoints, suite, chosen, model=model, n_effects=n_effects, folder=out / "change", **options)
+        recovery = None
+        if recovering:
+            recovery = recover(checkpoints, suite, vectors, model=model, folder=out / "recovery", **options)
+        _report(change, recovery, _knowledge(checkpoints, model, suite, options), kind, out)
+    columns = ["checkpoint", "task", "accuracy", "low", "high", "iv_similarity", "hidden_similarity", "weight_distance"]
+    print_table(change.to_dataframe()[columns], "Accuracy and similarity to the base model's vectors")
+    if recovery is not None:
+        print_table(recovery.shares(), "Share of the lost accuracy returned")
+    say(f"Wrote {out / 'report.html'}")
+
+
+def _of_base(model: str, suite: TaskSuite, heads: tuple[Path | None, int], options: dict[str, Any], out: Path) -> Any:
+    """The base model's instruction heads and vectors."""
+    from ivlens.extraction import extract_vector
+    from ivlens.patching import HeadEffects, locate_heads
+
+    hooked = load(model, "bridge")
+    look = {key: value for key, value in options.items() if key != "n_prompts"}
+    if heads[0] is None:
+        kind = "shuffled_labels" if look["shots"] >= 2 else "no_instruction"
+        effects = locate_heads(
+            hooked, suite, n_prompts=10, n_mean=30, counterfactual=kind, folder=out / "partial", **look
+        )
+        effects.save(out / "effects.safetensors")
+    else:
+        effects = HeadEffects.load(heads[0])
+    chosen = effects.top(heads[1])
+    return chosen, {name: extract_vector(hooked, task, chosen, n_prompts=30, **look) for name, task in suite.items()}
+
+
+def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: dict[str, Any]) -> list[Any]:
+    """Knowledge and instruction probabilities at the base and every checkpoint, of the tasks that have a content answer."""
+    from ivlens.models.checkpoints import open_checkpoints
+    from ivlens.probabilities import answer_probabilities
+
+    able = [name for name, task in suite.items() if all(x.question and x.content for x in task.test)]
+    if not able:
+        return []
+    found = []
+    for checkpoint in open_checkpoints(model, checkpoints)[0]:
+        with checkpoint.use() as hooked:
+            found.append(
+                answer_probabilities(hooked, suite.subset(able), n_prompts=options["n_prompts"], seed=options["seed"])
+            )
+    return found
+
+
+def _report(change: Change, recovery: Recovery | None, probabilities: list[Any], kind: str, out: Path) -> None:
+    from ivlens.plots import plot_probabilities
+    from ivlens.probabilities import compare_probabilities
+    from ivlens.report import Section, write_report
+
+    kinds = ["tasks", "matrix", "hidden", *(["trajectory"] if kind == "track" else []), "scatter"]
+    kinds += ["effects"] if change.base.effects is not None else []
+    sections = [
+        Section("What changed", repr(change), [change.plot(k) for k in kinds]),
+        Section(
+            "Does similarity tell what is lost?",
+            "Over every task and checkpoint; the distance of the weights, which knows nothing of tasks, is the baseline.",
+            [change.correlations()],
+        ),
+    ]
+    if probabilities:
+        before, after = probabilities[0], probabilities[-1]
+        items = [plot_probabilities(before, after), compare_probabilities(before, after)]
+        sections.append(Section("Knowing the answer, and giving it as asked", "At the last checkpoint.", items))
+    if recovery is not None:
+        items = [recovery.plot(), recovery.shares(), recovery.to_dataframe()]
+        text = "Layer and scale from the validation split, accuracy on the test split; a share counts where validation lost."
+        sections.append(Section("Putting the old vectors back", text, items))
+    sections.append(Section("All numbers", "", [change.to_dataframe()]))
+    title = "Before and after fine-tuning" if kind == "compare" else "Along fine-tuning"
+    write_report(out / "report.html", title=title, sections=sections, about=about(change.metadata))

@@ -1,0 +1,226 @@
+"""Figures of what training did to instruction vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ivlens.plots.scatter import plot_scatter
+from ivlens.plots.style import (
+    BEFORE_AFTER,
+    COLOURS,
+    GRID,
+    MARK,
+    ZERO,
+    colorbar,
+    counted,
+    diverging,
+    escaped,
+    finish,
+    grid_axes,
+    heatmap,
+    hover_heads,
+    legend_above,
+    map_size,
+    numbers,
+    span,
+    tick_step,
+    unit,
+    which_tasks,
+    with_minus,
+)
+from ivlens.plots.traces import before_after, cosine_map, task_rows
+from ivlens.statistics import wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ivlens.dynamics import Change, Snapshot
+
+__all__ = ["plot_change"]
+
+
+def plot_change(change: Change, kind: str = "tasks") -> go.Figure:
+    """What training did to instruction vectors.
+
+    Parameters
+    ----------
+    kind
+        `tasks`: cosine of the vector with the base's, beside accuracy before and after, per task; `matrix`: cosines between
+        every task's vector before and every task's after; `trajectory`: cosine and accuracy over steps; `scatter`: each
+        similarity against the change in accuracy; `hidden`: cosine of the residual stream with the base's vector, per
+        layer; `effects`: maps of heads' effects before, after, and their difference.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if len(change.snapshots) < 2:
+        raise ValueError("there is no checkpoint after the base to show")
+    return KINDS[kind](change)
+
+
+# -- per task ----------------------------------------------------------------------------------------------------------
+def _plot_tasks(change: Change) -> go.Figure:
+    tasks, later = change.task_names, change.snapshots[1:]
+    if _steps(change) is not None:
+        later = later[-1:]
+    cosines = change.similarity().loc[[s.label for s in later]].mean()
+    figure, size = task_rows(tasks, ("cosine with the base's vector", "accuracy, whole answer"), panel=300)
+    names = [escaped(task) for task in tasks]
+    bars = go.Bar(x=cosines.tolist(), y=list(range(len(tasks))), orientation="h", width=0.56, showlegend=False)
+    bars.update(text=[with_minus(f"{x:.2f}") for x in cosines], textposition="outside", cliponaxis=False)
+    bars.update(
+        marker_color=COLOURS["vector"], customdata=names, hovertemplate="%{customdata}: %{x:.3f}<extra></extra>"
+    )
+    figure.add_trace(bars, 1, 1)
+    frames = {"before": _accuracies(tasks, [change.base]), "after": _accuracies(tasks, later)}
+    before_after(figure, 2, frames, tasks)
+    figure.update_xaxes(range=[min(0.0, 1.25 * cosines.min()), 1.16], tickvals=[-1, -0.5, 0, 0.5, 1], col=1)
+    figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", col=2)
+    where = escaped(later[0].label) if len(later) == 1 else f"mean over {len(later)} checkpoints"
+    amounts = " and ".join(dict.fromkeys(span(frame["n"]) for frame in frames.values()))
+    notes = [f"after: {where} · accuracy with 95% interval, {amounts} prompts per point"]
+    return finish(figure, "Vectors and accuracy of each task before and after training", notes, **size)
+
+
+def _accuracies(tasks: Sequence[str], snapshots: Sequence[Snapshot]) -> pd.DataFrame:
+    """Per task, over the prompts of all snapshots."""
+    import pandas as pd
+
+    rows = []
+    for task in tasks:
+        hits = [hit for s in snapshots for hit in s.accuracy[task].tolist()]
+        low, high = wilson(hits)
+        rows.append({"task": task, "mean": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)})
+    return pd.DataFrame(rows)
+
+
+def _plot_matrix(change: Change) -> go.Figure:
+    tasks, last = change.task_names, change.snapshots[-1]
+    cosines = np.array([[change.base.vectors[a].cosine(last.vectors[b]) for b in tasks] for a in tasks])
+    figure, size = cosine_map(cosines, tasks, "before", "after")
+    others = cosines[~np.eye(len(tasks), dtype=bool)]
+    means = f"mean {cosines.diagonal().mean():.2f} on the diagonal"
+    means += f", {others.mean():.2f} off it" if len(others) else ""
+    notes = [f"after: {escaped(last.label)} · cosine similarity, {with_minus(means)}"]
+    return finish(figure, "Each task's vector before training against each after", notes, **size)
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+def _plot_trajectory(change: Change) -> go.Figure:
+    steps, labels = _steps(change), [s.label for s in change.snapshots]
+    x = list(range(len(labels))) if steps is None else steps
+    accuracy = {t: [s.accuracy[t].mean().item() for s in change.snapshots] for t in change.task_names}
+    cosines = {t: change.similarity()[t].tolist() for t in change.task_names}
+    figure = go.Figure()
+    _add_lines(figure, x, accuracy, "accuracy", COLOURS["vector"], labels)
+    _add_lines(figure, x, cosines, "cosine with the base's vector", MARK, labels)
+    lowest = min(map(min, cosines.values()))
+    figure.update_yaxes(range=[min(-0.03, lowest - 0.05), 1.04], gridcolor=GRID, **ZERO)
+    figure.update_xaxes(title_text="step", gridcolor=GRID, zeroline=False)
+    room = 0
+    if steps is None:
+        slanted = max(map(len, labels)) > 10 or len(labels) > 8
+        figure.update_xaxes(title_text=None, tickvals=x, ticktext=[escaped(label) for label in labels])
+        figure.update_xaxes(tickangle=-45 if slanted else 0)
+        room = int(5.2 * max(map(len, labels))) - 20 if slanted else -20
+    figure.update_layout(legend=legend_above())
+    n = span([len(hits) for s in change.snapshots for hits in s.accuracy.values()])
+    notes = [f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks · {n} prompts each"]
+    extra = {"right": 28, "extra_top": 34, "extra_bottom": room}
+    return finish(figure, "Accuracy and vectors along training", notes, width=620, height=340, **extra)
+
+
+def _plot_hidden(change: Change) -> go.Figure:
+    base, last = change.base, change.snapshots[-1]
+    figure, layers = go.Figure(), list(range(len(base.hidden[change.task_names[0]])))
+    for when, snapshot in (("before", base), ("after", last)):
+        values = {task: snapshot.hidden[task].tolist() for task in change.task_names}
+        _add_lines(figure, layers, values, when, BEFORE_AFTER[when], [f"layer {layer}" for layer in layers])
+    figure.update_xaxes(
+        title_text="layer",
+        dtick=tick_step(len(layers), 20),
+        range=[-0.5, len(layers) - 0.5],
+        gridcolor=GRID,
+        zeroline=False,
+    )
+    figure.update_yaxes(title_text="cosine with the base's vector", gridcolor=GRID, **ZERO)
+    figure.update_layout(legend=legend_above())
+    amount = f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks"
+    notes = [
+        f"after: {escaped(last.label)} · {amount} · residual stream after each layer, at the last prompt token, "
+        f"{span([len(hits) for hits in base.accuracy.values()])} prompts per task"
+    ]
+    title = "How near the residual stream lies to the base's vector"
+    return finish(figure, title, notes, width=620, height=320, right=28, extra_top=34)
+
+
+def _add_lines(
+    figure: go.Figure,
+    x: Sequence[int],
+    values: Mapping[str, list[float]],
+    name: str,
+    colour: str,
+    places: Sequence[str],
+) -> None:
+    """A faint line per task, and their mean as a bold one, which stands in the legend."""
+    places, hover = [escaped(place) for place in places], "%{customdata}<br>%{meta}: %{y:.3f}<extra></extra>"
+    common = {"x": list(x), "customdata": places, "hovertemplate": hover, "legendgroup": name, "line_color": colour}
+    for task, y in values.items():
+        faint = go.Scatter(y=y, mode="lines", opacity=0.28, line_width=1.2, showlegend=False, **common)
+        figure.add_trace(faint.update(meta=f"{name}, {escaped(task)}"))
+    mean = np.mean(list(values.values()), axis=0).tolist()
+    bold = go.Scatter(y=mean, mode="lines+markers", line_width=3, marker_size=6, name=name, **common)
+    figure.add_trace(bold.update(meta=f"{name}, mean"))
+
+
+def _steps(change: Change) -> list[int] | None:
+    """Steps behind each snapshot, 0 behind the base; None where they don't tell an order, as over several runs."""
+    steps = [change.base.step or 0, *(s.step for s in change.snapshots[1:])]
+    return None if None in steps or sorted(set(steps)) != steps else steps
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+def _plot_effects(change: Change) -> go.Figure:
+    base, last = change.base, change.snapshots[-1]
+    for snapshot in (base, last):
+        if snapshot.effects is None:
+            raise ValueError(
+                f"no heads were located at {snapshot.label}; give n_effects to compare or track, such as 8"
+            )
+    before, after = (numbers(s.effects.mean()) for s in (base, last))
+    nothing, gap = np.full(before.shape, np.nan), 34
+    maps = {"before": before, "after": after, "after − before": after - before}
+    size = width, height = map_size(*before.shape, room=440, largest=30, smallest=(220, 140))
+    whole = 3 * width + 2 * gap
+    figure = make_subplots(1, 3, subplot_titles=list(maps), horizontal_spacing=gap / whole)
+    colours = diverging(list(maps.values()))
+    for column, values in enumerate(maps.values(), start=1):
+        figure.add_trace(
+            heatmap(values, hover_heads(values, nothing), size, showscale=column == 1, **colours), 1, column
+        )
+        grid_axes(figure, before.shape, size, row=1, col=column)
+        if column > 1:
+            figure.update_yaxes(title_text=None, showticklabels=False, row=1, col=column)
+    figure.update_annotations(font_size=13, yshift=2)
+    colorbar(figure, "effect")
+    n = span([len(s.effects.values) for s in (base, last)])
+    notes = [
+        f"after: {escaped(last.label)} · average indirect effect on {unit(base.effects.metric)} · "
+        f"{which_tasks(base.effects.task_names)}, {n} prompts · one colour scale for all"
+    ]
+    title = "Effects of heads before and after training"
+    return finish(figure, title, notes, width=whole, height=height, right=96, extra_top=20)
+
+
+KINDS = {
+    "tasks": _plot_tasks,
+    "matrix": _plot_matrix,
+    "trajectory": _plot_trajectory,
+    "scatter": plot_scatter,
+    "hidden": _plot_hidden,
+    "effects": _plot_effects,
+}

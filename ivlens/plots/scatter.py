@@ -1,0 +1,106 @@
+"""The figure of similarities against changes in accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ivlens.plots.style import FAINT, GRID, TASK_COLOURS, ZERO, escaped, finish
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ivlens.dynamics import Change
+
+__all__ = ["plot_scatter"]
+
+PREDICTORS = {
+    "iv_similarity": "cosine with the base's vector",
+    "hidden_similarity": "change in hidden similarity",
+    "head_overlap": "overlap of the strongest heads",
+    "effects_spearman": "rank correlation of heads' effects",
+    "weight_distance": "distance of the weights",
+}
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star")
+
+
+def plot_scatter(change: Change) -> go.Figure:
+    """A panel per measured similarity: a point per task and checkpoint, and a straight line."""
+    points, found = change.points(), change.correlations().to_dict("records")
+    columns = min(3, len(found))
+    rows, gap_x, gap_y, panel = math.ceil(len(found) / columns), 36, 84, (250, 220)
+    width, height = columns * (panel[0] + gap_x) - gap_x, rows * (panel[1] + gap_y) - gap_y
+    figure = make_subplots(
+        rows,
+        columns,
+        subplot_titles=[_r2(row) for row in found],
+        horizontal_spacing=gap_x / width if columns > 1 else 0,
+        vertical_spacing=gap_y / height if rows > 1 else 0,
+    )
+    for i, name in enumerate(row["predictor"] for row in found):
+        where = {"row": i // columns + 1, "col": i % columns + 1}
+        for j, task in enumerate(change.task_names):
+            figure.add_trace(_dots(points[points["task"] == task], name, task, j).update(showlegend=i == 0), **where)
+        if (line := _straight(points[name], points["accuracy_change"])) is not None:
+            figure.add_trace(line, **where)
+        figure.update_xaxes(title_text=PREDICTORS[name], nticks=5, **where)
+        figure.update_yaxes(matches="y", showticklabels=where["col"] == 1, **where)
+        figure.update_yaxes(title_text="change in accuracy" if where["col"] == 1 else None, **where)
+    figure.update_xaxes(gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(gridcolor=GRID, **ZERO, tickformat="+.1~%")
+    figure.update_annotations(font_size=13, yshift=2)
+    figure.update_layout(legend={"x": 1 + 16 / width, "y": 1, "font": {"size": 12}, "tracegroupgap": 0})
+    notes = [
+        f"a point per task and checkpoint, {len(points)} in all, coloured by task · "
+        "R² of a straight line with its 95% interval"
+    ]
+    right = int(7 * max(map(len, change.task_names))) + 60
+    return finish(
+        figure,
+        "Similarity to the base against the change in accuracy",
+        notes,
+        width=width,
+        height=height,
+        right=right,
+        extra_top=24,
+    )
+
+
+def _r2(found: Mapping[str, float]) -> str:
+    if math.isnan(found["r2"]):
+        return "R² –"
+    return f"R² {found['r2']:.2f} [{found['r2_low']:.2f}, {found['r2_high']:.2f}]"
+
+
+def _dots(part: pd.DataFrame, name: str, task: str, number: int) -> go.Scatter:
+    hover = (
+        f"%{{fullData.name}}, %{{customdata}}<br>{PREDICTORS[name]}: %{{x:.3f}}<br>accuracy %{{y:+.1%}}<extra></extra>"
+    )
+    symbol = SYMBOLS[number // len(TASK_COLOURS) % len(SYMBOLS)]
+    return go.Scatter(
+        x=part[name].tolist(),
+        y=part["accuracy_change"].tolist(),
+        mode="markers",
+        marker={"color": TASK_COLOURS[number % len(TASK_COLOURS)], "symbol": symbol, "size": 8, "opacity": 0.85},
+        name=escaped(task),
+        legendgroup=task,
+        customdata=[escaped(label) for label in part["checkpoint"]],
+        hovertemplate=hover,
+    )
+
+
+def _straight(x: pd.Series, y: pd.Series) -> go.Scatter | None:
+    """The least-squares line through the points, from the first to the last."""
+    known = x.notna() & y.notna()
+    x, y = x[known].to_numpy(float), y[known].to_numpy(float)
+    if len(x) < 3 or np.ptp(x) == 0:
+        return None
+    slope, start = np.polyfit(x, y, 1)
+    ends = [float(x.min()), float(x.max())]
+    line = go.Scatter(x=ends, y=[start + slope * end for end in ends], mode="lines", hoverinfo="skip", showlegend=False)
+    return line.update(line={"color": FAINT, "width": 1.6, "dash": "dash"})
