@@ -80,7 +80,11 @@ def _plot_tasks(change: Change) -> go.Figure:
     before_after(figure, 2, frames, tasks)
     figure.update_xaxes(range=[min(0.0, 1.25 * cosines.min()), 1.16], tickvals=[-1, -0.5, 0, 0.5, 1], col=1)
     figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", col=2)
-    where = escaped(later[0].label) if len(later) == 1 else f"mean over {len(later)} checkpoints"
+    where = (
+        escaped(later[0].label)
+        if len(later) == 1
+        else f"mean over {len(later)} checkpoints, answers pooled as if independent"
+    )
     amounts = " and ".join(dict.fromkeys(span(frame["n"]) for frame in frames.values()))
     notes = [f"after: {where} · accuracy with 95% interval, {amounts} prompts per point"]
     return finish(figure, "Vectors and accuracy of each task before and after training", notes, **size)

@@ -104,10 +104,10 @@ def plot_recovery(recovery: Recovery, checkpoint: str | None = None) -> go.Figur
         notes = [f"{escaped(labels[0])} · mean and 95% interval · {n} prompts per bar"]
     else:
         notes = [
-            f"mean and 95% interval · answers pooled over {len(labels)} checkpoints as if independent: {n} per bar, "
-            f"{span(frame[of_base]['n'])} before training"
+            f"mean and 95% interval · answers pooled over {len(labels)} checkpoints as if independent",
+            f"{n} answers per bar; before training {span(frame[of_base]['n'])}",
         ]
-    return finish(figure, "Accuracy of the trained model with the old vector put back", notes, **size)
+    return finish(figure, "Accuracy with the old vector put back", notes, **size)
 
 
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:

@@ -59,21 +59,14 @@ def plot_scatter(change: Change) -> go.Figure:
         f"a point per task and checkpoint, {len(points)} in all, coloured by task · "
         "R² of a straight line with its 95% interval"
     ]
-    right = int(7 * max(map(len, change.task_names))) + 60
-    return finish(
-        figure,
-        "Similarity to the base against the change in accuracy",
-        notes,
-        width=width,
-        height=height,
-        right=right,
-        extra_top=24,
-    )
+    right = int(7 * max(map(len, change.task_names))) + 68
+    title = "Similarity to the base against the change in accuracy"
+    return finish(figure, title, notes, width=width, height=height, left=14, right=right, extra_top=24)
 
 
 def _r2(found: Mapping[str, float]) -> str:
     if math.isnan(found["r2"]):
-        return "R² –"
+        return "R²: too few points"
     return f"R² {found['r2']:.2f} [{found['r2_low']:.2f}, {found['r2_high']:.2f}]"
 
 
@@ -88,7 +81,7 @@ def _dots(part: pd.DataFrame, name: str, task: str, number: int) -> go.Scatter:
         mode="markers",
         marker={"color": TASK_COLOURS[number % len(TASK_COLOURS)], "symbol": symbol, "size": 8, "opacity": 0.85},
         name=escaped(task),
-        legendgroup=task,
+        legendgroup=escaped(task),
         customdata=[escaped(label) for label in part["checkpoint"]],
         hovertemplate=hover,
     )

@@ -106,7 +106,7 @@ def task_rows(tasks: Sequence[str], titles: Sequence[str], *, panel: int = 320) 
     width, height = len(titles) * (panel + gap) - gap, max(110, row * len(tasks))
     figure = make_subplots(1, len(titles), subplot_titles=titles, horizontal_spacing=gap / width)
     figure.update_yaxes(range=[len(tasks) - 0.5, -0.5], showticklabels=False, **bare())
-    figure.update_yaxes(**ticks([escaped(task) for task in tasks]), showticklabels=True, col=1)
+    figure.update_yaxes(**ticks([escaped(task) for task in tasks]), showticklabels=True, ticklabelstandoff=4, col=1)
     for edge in range(1, len(tasks)):
         figure.add_hline(edge - 0.5, line={"color": GRID, "width": 1}, layer="below", exclude_empty_subplots=False)
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
