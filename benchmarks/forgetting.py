@@ -142,7 +142,7 @@ def print_tables(studies: list[str], out: Path) -> None:
         restored(name, shares[name], studies)
     probabilities(studies, out)
     show("R² and Spearman's ρ of each similarity with the change in accuracy, over all tasks and checkpoints", [
-        {"predictor": p, **correlation(points[p], points["accuracy_change"])}
+        {"predictor": p, **correlation(points[p], points["accuracy_change"], groups=points["task"])}
         for p in ("iv_similarity", "hidden_similarity", "head_overlap", "effects_spearman", "weight_distance")
     ])  # fmt: skip
 
@@ -178,8 +178,10 @@ def restored(name: str, recoveries: list[ivl.Recovery], studies: list[str]) -> N
     show(f"{name}: share of the lost accuracy returned", together.shares().to_dict("records"))
     means = together.to_dataframe().pivot_table(index="task", columns="condition", values="accuracy")
     print(f"\n{name}: accuracy, mean of checkpoints\n" + (100 * means[together.conditions]).round(1).to_string())
-    kept = together.kept()
-    print(f"\n{name}: with the old vector, fine-tuned over base: {kept}")
+    show(
+        f"{name}: accuracy of the fine-tuned models over the base model's with the vector",
+        together.kept().to_dict("records"),
+    )
 
 
 def probabilities(studies: list[str], out: Path) -> None:

@@ -53,8 +53,17 @@ def sign_flip(groups: Sequence[np.ndarray], *, n_flips: int = 10_000, seed: int 
     return float(((np.abs(flipped) >= abs(found) - 1e-12).sum() + 1) / (n_flips + 1))
 
 
-def correlation(x: Sequence[float], y: Sequence[float], *, n_bootstrap: int = 2000, seed: int = 0) -> dict[str, float]:
-    """R² of a straight line and Spearman's ρ, each with the 95 % percentile bootstrap interval over points.
+def correlation(
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    groups: Sequence[str] | None = None,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """R² of a straight line and Spearman's ρ, each with the 95 % percentile bootstrap interval.
+
+    Points are resampled, or, where they come in five groups or more (such as tasks seen at several checkpoints), whole groups.
 
     Examples
     --------
@@ -65,7 +74,10 @@ def correlation(x: Sequence[float], y: Sequence[float], *, n_bootstrap: int = 20
     import numpy as np
     import pandas as pd
 
-    points = np.array([(a, b) for a, b in zip(x, y) if np.isfinite(a) and np.isfinite(b)], float).reshape(-1, 2)
+    names = range(len(x)) if groups is None or len(set(groups)) < 5 else groups
+    table = pd.DataFrame({"x": list(x), "y": list(y), "group": list(names)}).dropna()
+    points = table[["x", "y"]].to_numpy(float)
+    members = list(table.reset_index(drop=True).groupby("group").indices.values())
     rng = np.random.default_rng(seed)
 
     def measures(some: np.ndarray) -> tuple[float, float]:
@@ -75,9 +87,8 @@ def correlation(x: Sequence[float], y: Sequence[float], *, n_bootstrap: int = 20
         return np.corrcoef(some.T)[0, 1] ** 2, np.corrcoef(ranks.T)[0, 1]
 
     found = measures(points)
-    draws = [
-        measures(points[rng.integers(len(points), size=len(points))]) for _ in range(n_bootstrap if len(points) else 0)
-    ]
+    drawn = rng.integers(len(members), size=(n_bootstrap if len(points) else 0, len(members)))
+    draws = [measures(points[np.concatenate([members[i] for i in row])]) for row in drawn]
     low, high = np.nanquantile(draws, [0.025, 0.975], axis=0) if draws and np.isfinite(draws).any() else (found, found)
     return {
         "r2": float(found[0]),

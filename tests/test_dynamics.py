@@ -240,6 +240,13 @@ def test_correlation_against_numpy_and_ranks_by_hand():
     assert found["r2_low"] < found["r2"] < found["r2_high"] and found["r2_high"] - found["r2_low"] < 0.25
 
 
+def test_groups_are_resampled_whole():
+    x = np.repeat(np.arange(6.0), 50)
+    y = x + np.repeat([2.0, -2, 1, -1, 2, -2], 50)
+    loose, whole = correlation(x, y), correlation(x, y, groups=[str(i) for i in x])
+    assert loose["r2"] == whole["r2"] and whole["r2_high"] - whole["r2_low"] > 2 * (loose["r2_high"] - loose["r2_low"])
+
+
 def test_a_share_is_summed_gains_over_summed_losses():
     one = np.array([[1, 0, 1]] * 30 + [[1, 1, 1]] * 70, float)  # lost 30 points, all of them returned
     two = np.array([[1, 0, 0]] * 10 + [[1, 1, 1]] * 90, float)  # lost 10, none returned

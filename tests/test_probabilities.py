@@ -83,7 +83,7 @@ def test_they_come_back_from_their_file(found, tmp_path):
 
 
 def test_a_task_without_content_and_unlike_tasks_are_refused(model, task, found):
-    with pytest.raises(ValueError, match="task 'past' has no content answer to .*'question'.*'content'"):
+    with pytest.raises(ValueError, match=r"task 'past' has no content answer to .*'question'.*'content'"):
         ivl.answer_probabilities(model, task, progress=False)
     other = ivl.AnswerProbabilities({"x": torch.zeros(2)}, {"x": torch.zeros(2)}, {"x": torch.ones(2, 2)})
     with pytest.raises(ValueError, match="different tasks"):

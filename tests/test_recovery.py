@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 
@@ -130,10 +131,29 @@ def test_something_was_lost_and_shares_are_of_what_was_lost_on_the_validation_sp
     assert table.loc[("past", "old vector"), "share"] == pytest.approx(gain / loss)
     shares = recovery.shares().set_index("condition")
     assert "before" not in shares.index and shares.loc["old vector", "low"] <= shares.loc["old vector", "share"]
-    kept = recovery.kept()
-    assert (
-        kept["ratio"] == pytest.approx(kept["after"] / kept["before"]) and kept["low"] <= kept["ratio"] <= kept["high"]
-    )
+    kept = recovery.kept().set_index("condition").loc["old vector"]
+    ends = recovery.to_dataframe().groupby("condition")["accuracy"].mean()
+    assert kept["ratio"] == pytest.approx(ends["old vector"] / ends["before + vector"])
+    assert kept["low"] <= kept["ratio"] <= kept["high"]
+
+
+def test_checkpoints_share_prompts_so_they_are_resampled_together():
+    """Two checkpoints with the same answers tell no more than one."""
+    hits = {"before": [1.0] * 20, "after": [0.0] * 10 + [1.0] * 10, "old vector": [1.0, 0.0] * 5 + [1.0] * 10}
+    rows = [
+        {"checkpoint": c, "task": "past", "condition": k, "prompt": i, "hit": hit}
+        for c in ("a", "b")
+        for k, v in hits.items()
+        for i, hit in enumerate(v)
+    ]
+    valid = [{"task": "past", "condition": k, "accuracy": a} for k, a in (("before", 1.0), ("after", 0.5))]
+    choices = [{"checkpoint": c, **row} for c in ("a", "b") for row in valid]
+    two = Recovery(pd.DataFrame(rows), pd.DataFrame(choices))
+    one = Recovery(two.scores[two.scores["checkpoint"] == "a"], two.choices[two.choices["checkpoint"] == "a"])
+    mine, theirs = (r.shares().iloc[0] for r in (one, two))
+    assert theirs["share"] == mine["share"] == 0.5 and (theirs["low"], theirs["high"]) == (mine["low"], mine["high"])
+    assert (mine["pairs"], theirs["pairs"], theirs["n"]) == (1, 2, 20)
+    assert theirs["gain"] == mine["gain"] == 0.25 and theirs["loss"] == 0.5
 
 
 def test_recovery_comes_back_from_its_file_and_resumes_from_its_folder(

@@ -134,14 +134,15 @@ class Change:
     def correlations(self) -> pd.DataFrame:
         """How well each similarity tells how accuracy changed, over all (task, checkpoint) after the base (IV §5).
 
-        R² of a straight line and Spearman's ρ with 95 % bootstrap intervals over points; `weight_distance`, which knows
-        nothing of tasks, is the baseline. Hidden similarity counts as its change from the base's, mean over layers.
+        R² of a straight line and Spearman's ρ with 95 % bootstrap intervals over tasks (over points where there are fewer
+        than five); `weight_distance`, which knows nothing of tasks, is the baseline.
+        Hidden similarity counts as its change from the base's, mean over layers.
         """
         import pandas as pd
 
         points = self.points()
         rows = [
-            {"predictor": name, **correlation(points[name], points["accuracy_change"])}
+            {"predictor": name, **correlation(points[name], points["accuracy_change"], groups=points["task"])}
             for name in PREDICTORS
             if points[name].notna().any()
         ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ivlens.statistics import bootstrap_share, wilson
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import plotly.graph_objects as go
 
@@ -81,34 +82,57 @@ class Recovery:
 
     def shares(self, *, seed: int = 0) -> pd.DataFrame:
         """Share of the lost accuracy that each condition returns, over all (checkpoint, task) where it was lost on the
-        validation split: summed gains over summed losses, 95 % bootstrap intervals over prompts (paired)."""
+        validation split: summed gains over summed losses. 95 % bootstrap intervals over each task's prompts, which all
+        checkpoints share; tasks and checkpoints are taken as they are."""
         import pandas as pd
 
-        table = self.scores.pivot(index=["checkpoint", "task", "prompt"], columns="condition", values="hit")
-        parts = {key: part for key, part in table.groupby(level=[0, 1]) if key in set(self.lost())}
+        lost = set(self.lost())
+        pairs = self._hits()
+        pairs = pairs[[key[:2] in lost for key in pairs.index]]
         rows = []
         for condition in self.conditions:
-            if condition in _ENDS or not parts:
+            if condition in _ENDS or not len(pairs):
                 continue
-            groups = [part[[BEFORE, AFTER, condition]].dropna().to_numpy(float) for part in parts.values()]
-            groups = [g for g in groups if len(g)]
+            known = pairs[[BEFORE, AFTER, condition]].dropna()
+            groups = _by_prompt(known)
             share, low, high = bootstrap_share(groups, seed=seed)
-            gain = sum(g[:, 2].mean() - g[:, 1].mean() for g in groups) / len(groups)
-            loss = sum(g[:, 0].mean() - g[:, 1].mean() for g in groups) / len(groups)
-            row = {"condition": condition, "share": share, "low": low, "high": high, "gain": gain, "loss": loss}
-            rows.append({**row, "pairs": len(groups), "n": sum(map(len, groups))})
+            n_pairs = known.groupby(level=[0, 1]).ngroups
+            before, after, restored = sum(group.mean(axis=0) for group in groups) / n_pairs
+            row = {"condition": condition, "share": share, "low": low, "high": high}
+            row |= {"gain": restored - after, "loss": before - after}
+            rows.append({**row, "pairs": n_pairs, "n": sum(map(len, groups))})
         columns = ["condition", "share", "low", "high", "gain", "loss", "pairs", "n"]
         return pd.DataFrame(rows, columns=columns)
 
-    def kept(self, *, seed: int = 0) -> dict[str, float]:
-        """Whether the skill is still there: accuracy of the fine-tuned model with the old vector, over the base model's
-        with it; summed over all checkpoints and tasks, 95 % bootstrap interval over prompts."""
-        table = self.scores.pivot(index=["checkpoint", "task", "prompt"], columns="condition", values="hit")
-        groups = [p[[BEFORE_STEERED, OLD]].to_numpy(float) for _, p in table.groupby(level=[0, 1])]
-        # As a share of the way from nothing to the base model's accuracy with the vector.
-        ratio, low, high = bootstrap_share([_with_zero(g) for g in groups], seed=seed)
-        before, after = (sum(g[:, i].mean() for g in groups) / len(groups) for i in (0, 1))
-        return {"ratio": ratio, "low": low, "high": high, "before": before, "after": after, "n": sum(map(len, groups))}
+    def kept(self, *, seed: int = 0) -> pd.DataFrame:
+        """Whether the skill is still there: accuracy of the fine-tuned models with the old vector (and with its controls), over
+        the base model's with it. One row per condition, 95 % bootstrap intervals as in `shares`."""
+        import pandas as pd
+
+        rows = []
+        for condition in self.conditions:
+            if condition in _ENDS:
+                continue
+            known = self._hits()[[BEFORE_STEERED, condition]].dropna()
+            known.insert(1, "nothing", 0.0)  # a share of the way from nothing to the base model with the vector
+            groups = _by_prompt(known)
+            ratio, low, high = bootstrap_share(groups, seed=seed)
+            n_pairs = known.groupby(level=[0, 1]).ngroups
+            before, _, after = sum(group.mean(axis=0) for group in groups) / n_pairs
+            row = {
+                "condition": condition,
+                "ratio": ratio,
+                "low": low,
+                "high": high,
+                "base": before,
+                "fine-tuned": after,
+            }
+            rows.append({**row, "pairs": n_pairs, "n": sum(map(len, groups))})
+        return pd.DataFrame(rows)
+
+    def _hits(self) -> pd.DataFrame:
+        """Conditions as columns, one row per checkpoint, task and prompt."""
+        return self.scores.pivot(index=["checkpoint", "task", "prompt"], columns="condition", values="hit")
 
     def plot(self, checkpoint: str | None = None) -> go.Figure:
         """Bars per task, every condition with its interval; mean over checkpoints unless one is named."""
@@ -152,7 +176,6 @@ class Recovery:
         return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().round(3).to_html(index=False)
 
 
-def _with_zero(pairs: Any) -> Any:
-    import numpy as np
-
-    return np.stack([pairs[:, 0], np.zeros(len(pairs)), pairs[:, 1]], axis=1)
+def _by_prompt(hits: pd.DataFrame) -> list[np.ndarray]:
+    """One array per task, a row per prompt: hits summed over checkpoints, which are answers to the same prompt."""
+    return [part.groupby(level="prompt").sum().to_numpy(float) for _, part in hits.groupby(level="task")]
