@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from ivlens.models.backends import Backend, backend_of
 from ivlens.prompts import Prompt, build_prompts, tokenize
 from ivlens.statistics import bootstrap_mean, wilson
 from ivlens.steering import Injection
+from ivlens.storage import read_json, write_json
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 from ivlens.vectors import Head, InstructionVector
@@ -101,23 +101,14 @@ class Evaluation:
 
     def save(self, path: str | Path) -> Path:
         """Save to one JSON file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"kind": "evaluation", "metadata": self.metadata, "scores": self.scores.to_dict("records")}
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return path
+        return write_json(path, "evaluation", {"metadata": self.metadata, "scores": self.scores.to_dict("records")})
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
         """Load what `save` wrote."""
         import pandas as pd
 
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is truncated or not JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("kind") != "evaluation":
-            raise ValueError(f"{path} holds no evaluation that ivlens saved")
+        content = read_json(path, "evaluation")
         return cls(pd.DataFrame(content["scores"]), content["metadata"])
 
     def _table(self) -> pd.DataFrame:

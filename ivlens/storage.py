@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_json", "read_tensors", "write_json", "write_tensors"]
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Path:
@@ -60,3 +60,33 @@ def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str
         if tensor.is_floating_point() and kind is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {key} holds NaN or infinite values; save it again from a sound run")
     return tensors, about
+
+
+def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> Path:
+    """Write a JSON file that says what it holds, replacing it in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps({"kind": kind, **content}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def read_json(path: str | Path, kind: str) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is truncated or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of one that ivlens saved")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise ValueError(f"{path} holds no {kind} that ivlens saved")
+    return content

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivlens.dynamics.snapshot import Snapshot
 from ivlens.statistics import correlation, wilson
+from ivlens.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,21 +169,14 @@ class Change:
         """Save to a folder: a file per snapshot, and `change.json`."""
         folder = Path(folder)
         names = [s.save(folder / f"snapshot-{i}.safetensors").name for i, s in enumerate(self.snapshots)]
-        content = {"kind": "change", "snapshots": names, "skipped": self.skipped, "metadata": self.metadata}
-        (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / FILE, "change", {"snapshots": names, "skipped": self.skipped, "metadata": self.metadata})
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Change:
         """Load what `save` wrote."""
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"no {FILE} in {folder}; give the folder that Change.save wrote")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is truncated or not JSON ({error})") from error
-        snapshots = tuple(Snapshot.load(path.parent / name) for name in content["snapshots"])
+        content = read_json(Path(folder) / FILE, "change")
+        snapshots = tuple(Snapshot.load(Path(folder) / name) for name in content["snapshots"])
         return cls(snapshots, content["skipped"], content["metadata"])
 
     def __repr__(self) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivlens.statistics import bootstrap_share, wilson
+from ivlens.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,24 +142,15 @@ class Recovery:
 
     def save(self, path: str | Path) -> Path:
         """Save to one JSON file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content: dict[str, Any] = {"kind": "recovery", "metadata": self.metadata}
-        content |= {name: getattr(self, name).to_dict("records") for name in ("scores", "choices")}
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        return path
+        frames = {name: getattr(self, name).to_dict("records") for name in ("scores", "choices")}
+        return write_json(path, "recovery", {"metadata": self.metadata, **frames})
 
     @classmethod
     def load(cls, path: str | Path) -> Recovery:
         """Load what `save` wrote."""
         import pandas as pd
 
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is truncated or not JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("kind") != "recovery":
-            raise ValueError(f"{path} holds no recovery that ivlens saved")
+        content = read_json(path, "recovery")
         return cls(pd.DataFrame(content["scores"]), pd.DataFrame(content["choices"]), content["metadata"])
 
     def __repr__(self) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.dynamics.recovery import AFTER, BEFORE, BEFORE_STEERED, HEADS, MINUS, OLD, OTHER, RANDOM, STATE, Recovery
@@ -18,6 +18,7 @@ from ivlens.models.checkpoints import Checkpoint, open_checkpoints
 from ivlens.patching.reading import read_prompts
 from ivlens.patching.residual import Edit, edit_effects
 from ivlens.prompts import TokenizedPrompt, build_prompts, tokenize
+from ivlens.steering import Injection
 from ivlens.storage import read_tensors, write_tensors
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
@@ -90,7 +91,7 @@ def recover(
     tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
     rows: list[dict[str, Any]] = []
     choices: list[dict[str, Any]] = []
-    store = _Store(folder, (weights, prompts, layers, tuple(scales), look, sorted(alternatives or ())))
+    store = _Store(folder, (weights, prompts, layers, tuple(scales), look, tries.digest()))
     with tqdm(total=len(opened) * len(suite), desc="recovering", disable=not progress) as bar:
         for task in suite:
             bar.set_postfix_str(task)
@@ -130,7 +131,7 @@ class _Tries:
     scales: tuple[float, ...]
     seed: int
 
-    def of(self, task: str, label: str) -> dict[str, list[Choice]]:
+    def of(self, backend: Backend, task: str, label: str) -> dict[str, list[Choice]]:
         """By condition: the (layer, scale, edit) to choose from; layer None where each head's share has its own."""
         old = self.vectors[task]
         found = {OLD: self._everywhere(old)}
@@ -141,8 +142,18 @@ class _Tries:
             if task in vectors:
                 found[name] = self._everywhere(vectors[task])
         if old.shares is not None:
-            found[HEADS] = [(None, scale, _by_heads(old, scale)) for scale in self.scales]
+            by_heads = [Injection.of(backend, old, scale=scale, mode="heads").additions for scale in self.scales]
+            found[HEADS] = [(None, scale, Edit(values)) for scale, values in zip(self.scales, by_heads)]
         return found
+
+    def digest(self) -> str:
+        """Tells other vectors apart: results kept for these don't count for those."""
+        single = isinstance(self.subtract, InstructionVector)
+        groups = [self.vectors, {"": self.subtract} if single else self.subtract or {}, *self.alternatives.values()]
+        digest = hashlib.sha256(repr(sorted(self.alternatives)).encode())
+        for name, vector in ((name, vector) for group in groups for name, vector in group.items()):
+            digest.update(name.encode() + vector.vector.float().numpy().tobytes())
+        return digest.hexdigest()
 
     def controls(self, task: str, layer: int, scale: float) -> dict[str, Edit]:
         """The random and the other task's vector, where the old one goes."""
@@ -156,18 +167,11 @@ class _Tries:
         return [(layer, s, Edit({layer: s * vector.vector})) for layer in self.layers for s in self.scales]
 
 
-def _by_heads(vector: InstructionVector, scale: float) -> Edit:
-    values: dict[int, Tensor] = {}
-    for head, share in zip(vector.heads, vector.shares):
-        values[head.layer] = values.get(head.layer, 0) + scale * share
-    return Edit(values)
-
-
 def _before(base: Checkpoint, prompts: dict[str, list[TokenizedPrompt]], tries: _Tries, task: str) -> Found:
     """The base model: plain, with the vector where it works best, and its residual streams."""
     with base.use() as model:
         backend = backend_of(model)
-        options = {OLD: tries.of(task, base.label)[OLD]}
+        options = {OLD: tries.of(backend, task, base.label)[OLD]}
         chosen, plain = _choose(backend, prompts["valid"], options)
         values, baseline = edit_effects(backend, prompts["test"], [chosen[OLD][2]], metric="accuracy")
         states = {}
@@ -193,7 +197,7 @@ def _after(
             ]
             for split in states
         }
-        options = {**tries.of(task, checkpoint.label), STATE: restore["valid"]}
+        options = {**tries.of(backend, task, checkpoint.label), STATE: restore["valid"]}
         chosen, plain = _choose(backend, prompts["valid"], options)
         layer, scale, _, _ = chosen[OLD]
         edits = {name: chosen[name][2] for name in options if name != STATE}
