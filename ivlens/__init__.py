@@ -39,6 +39,8 @@ _HOME = {
     "Change": "ivlens.dynamics.change",
     "recover": "ivlens.dynamics.restoring",
     "Recovery": "ivlens.dynamics.recovery",
+    "IVTrainer": "ivlens.training.trainer",
+    "Guidance": "ivlens.training.guidance",
     "Section": "ivlens.report",
     "write_report": "ivlens.report",
 }

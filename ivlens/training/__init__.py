@@ -1,5 +1,6 @@
-"""Fine-tuning on a task's answers."""
+"""Fine-tuning on a task's answers, plainly and guided by instruction vectors."""
 
 from ivlens.training.finetune import TrainingRun, fine_tune
+from ivlens.training.guidance import KL, Guidance
 
-__all__ = ["TrainingRun", "fine_tune"]
+__all__ = ["KL", "Guidance", "TrainingRun", "fine_tune"]

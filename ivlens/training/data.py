@@ -20,7 +20,7 @@ IGNORED = -100  # what Hugging Face models leave out of the loss
 def answer_dataset(backend: Backend, prompts: Sequence[Prompt]) -> datasets.Dataset:
     """Prompt, answer and end-of-text token of every prompt, tokenized as everywhere in ivlens.
 
-    Columns: `input_ids`, `attention_mask`, and `labels`, which are -100 on the prompt.
+    Columns: `input_ids`, `attention_mask`, `labels`, which are -100 on the prompt, and `task`.
 
     Raises
     ------
@@ -32,8 +32,8 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt]) -> datasets.Data
     end = backend.tokenizer.eos_token_id
     ends = () if end is None else (end if isinstance(end, int) else end[0],)
     rows = []
-    for row in tokenize(backend, prompts):
+    for prompt, row in zip(prompts, tokenize(backend, prompts)):
         ids = [*row.prompt, *row.answer, *ends]
         labels = [IGNORED] * len(row.prompt) + ids[len(row.prompt) :]
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "task": prompt.task})
     return datasets.Dataset.from_list(rows)

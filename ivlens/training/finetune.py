@@ -151,7 +151,7 @@ def fine_tune(
     n = steps * batch_size * int(arguments.get("gradient_accumulation_steps", 1))
     options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     prompts = [p for task in suite.values() for p in build_prompts(task, n=-(-n // len(suite)), **options)]
-    dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts)
+    dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts).remove_columns("task")
     arguments = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,

@@ -1,0 +1,123 @@
+"""What guides training: which terms, how strong, and the presets of the paper and of the follow-up's code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["KL", "PRESETS", "Guidance"]
+
+DIRECTIONS = ("teacher_student", "student_teacher")
+POSITIONS = ("answer", "last", "all")
+SCHEDULES = ("linear", "cosine")
+SITES = ("residual", "attention")
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class KL:
+    """A divergence from the steered teacher.
+
+    Attributes
+    ----------
+    positions
+        `answer`: those that predict answer tokens; `last`: the last prompt token; `all`: every real token.
+    weight
+        λ of this term, times the mean over its positions.
+    direction, temperature
+        See `losses.kl_divergence`.
+    least
+        Counted only above this value (FVG's code).
+    """
+
+    positions: str = "answer"
+    weight: float = 1.0
+    direction: str = "teacher_student"
+    temperature: float = 1.0
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("positions", self.positions, POSITIONS)
+        _check("direction", self.direction, DIRECTIONS)
+        if self.weight < 0:
+            raise ValueError(f"weight={self.weight} is negative; a divergence is only ever made smaller: use 0 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How instruction vectors guide training (IV; FVG).
+
+    Attributes
+    ----------
+    progressive
+        Inject α(t) · θ into the model in training, α fading from 1 to 0 (IV).
+    schedule, until
+        How it fades (`linear` or `cosine`), to zero at this fraction of the steps (our choice).
+    kl
+        Divergences from the teacher: the model before training, with θ injected. The student's is without injection.
+    heads_weight, heads_least
+        λ of head consistency, counted only above `heads_least` (FVG; off at 0).
+    layer, scale
+        Where and how strongly θ enters; None: the vector's own, else, a third of the depth down (site `residual`) or 9/32 of
+        it (site `attention`).
+    site
+        `residual`: the residual stream after the layer; `attention`: its attention's output.
+    """
+
+    progressive: bool = True
+    schedule: str = "linear"
+    until: float = 0.5
+    kl: tuple[KL, ...] = (KL(),)
+    heads_weight: float = 0.0
+    heads_least: float = 0.0
+    layer: int | None = None
+    scale: float | None = None
+    site: str = "residual"
+
+    def __post_init__(self) -> None:
+        _check("schedule", self.schedule, SCHEDULES)
+        _check("site", self.site, SITES)
+        if not 0 < self.until <= 1:
+            raise ValueError(
+                f"until={self.until} is outside (0, 1]: the fraction of the steps after which nothing is injected"
+            )
+        if self.heads_weight < 0:
+            raise ValueError(f"heads_weight={self.heads_weight} is negative; use 0 or more")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.heads_weight) or any(term.weight for term in self.kl)
+
+    def strength(self, step: int, steps: int) -> float:
+        """α at a step of so many.
+
+        Examples
+        --------
+        >>> [Guidance(until=0.5).strength(step, 8) for step in range(6)]
+        [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+        """
+        if not self.progressive:
+            return 0.0
+        done = min(step / (self.until * steps), 1.0)
+        return 1.0 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+PRESETS = {
+    "paper": Guidance(),
+    "fvg-code": Guidance(
+        progressive=False,
+        kl=(
+            KL("last", 20.0, "student_teacher", temperature=2.0, least=0.1),
+            KL("all", 0.1, "student_teacher", temperature=2.0, least=0.1),
+        ),
+        heads_weight=1.0,
+        heads_least=0.01,
+        site="attention",
+    ),
+}

@@ -1,0 +1,137 @@
+"""The steered teacher's outputs, computed once per example and kept: it never changes while a stage is trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ivlens.storage import read_tensors, write_tensors
+
+__all__ = ["KeptTeacher", "TopK", "keep_teacher", "kept_divergence"]
+
+KIND = "teacher outputs"
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Log-probabilities of the k likeliest tokens at each of n positions; what is left over counts as one more token."""
+
+    values: Float[Tensor, "n k"]
+    indices: Int[Tensor, "n k"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "n d_vocab"], k: int, temperature: float) -> TopK:
+        values, indices = logits.float().div(temperature).log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+        return cls(values, indices.int())
+
+    def __getitem__(self, where: Bool[Tensor, " n"]) -> TopK:
+        return TopK(self.values[where], self.indices[where])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def kept_divergence(
+    student: Float[Tensor, "n d_vocab"], teacher: TopK, *, direction: str, temperature: float
+) -> Float[Tensor, " n"]:
+    """KL over the teacher's k tokens and the remainder as one; the full KL where all tokens were kept.
+
+    Never more than the full KL, and less by at most the remainder's part of it: p_rest · KL(rest ‖ rest), the divergence of
+    the two distributions within the remainder, in the direction asked for (chain rule of the KL).
+    """
+    q = student.float().div(temperature).log_softmax(-1).gather(-1, teacher.indices.long())
+    p = teacher.values
+    if p.shape[-1] < student.shape[-1]:
+        p, q = (torch.cat([x, _rest(x)], dim=-1) for x in (p, q))
+    if direction == "student_teacher":
+        p, q = q, p
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _rest(log_probabilities: Float[Tensor, "n k"]) -> Float[Tensor, "n 1"]:
+    """Log of the probability that is left over, kept above what float32 can tell from nothing."""
+    left = 1 - log_probabilities.exp().sum(-1, keepdim=True)
+    return left.clamp(min=1e-7).log()
+
+
+@dataclass(frozen=True)
+class KeptTeacher:
+    """Outputs of every example: at its positions, one example after the other, and of the heads.
+
+    Attributes
+    ----------
+    offsets
+        Where each example's positions begin, [example + 1].
+    z
+        Heads' outputs at the last prompt token, [example head d_head]; None where there are none to compare.
+    """
+
+    top: TopK
+    offsets: Int[Tensor, " example"]
+    z: Float[Tensor, "example head d_head"] | None
+
+    def rows(self, examples: Int[Tensor, " row"], device: torch.device) -> tuple[TopK, Tensor | None]:
+        """Those of a batch, in its order."""
+        spans = [torch.arange(self.offsets[i], self.offsets[i + 1]) for i in examples.tolist()]
+        index = torch.cat(spans)
+        top = TopK(self.top.values[index].to(device), self.top.indices[index].to(device))
+        return top, None if self.z is None else self.z[examples.cpu()].to(device)
+
+    def save(self, path: Path) -> None:
+        tensors = {"values": self.top.values, "indices": self.top.indices, "offsets": self.offsets}
+        write_tensors(path, tensors if self.z is None else {**tensors, "z": self.z}, {"kind": KIND})
+
+    @classmethod
+    def load(cls, path: Path) -> KeptTeacher:
+        tensors, _ = read_tensors(path, kind=KIND)
+        return cls(TopK(tensors["values"], tensors["indices"]), tensors["offsets"], tensors.get("z"))
+
+
+def keep_teacher(
+    n: int,
+    teach: Callable[[Sequence[int]], tuple[list[Tensor], Tensor | None]],
+    *,
+    k: int,
+    temperature: float,
+    path: Path | None,
+    batch_size: int,
+    progress: bool,
+) -> KeptTeacher:
+    """Ask the teacher about every example once, or read what an earlier run with the same teacher kept.
+
+    Parameters
+    ----------
+    teach
+        From example numbers to each one's logits [position d_vocab], and the heads' outputs.
+    path
+        Where it is kept; a disk that can't take it costs the file only: the run goes on with what is in memory.
+    """
+    if path is not None and path.is_file():
+        return KeptTeacher.load(path)
+    values, indices, z, lengths = [], [], [], [0]
+    for start in tqdm(range(0, n, batch_size), desc="teacher", disable=not progress):
+        logits, heads = teach(range(start, min(start + batch_size, n)))
+        for each in logits:
+            top = TopK.of(each, k, temperature)
+            values.append(top.values.cpu())
+            indices.append(top.indices.cpu())
+            lengths.append(len(top))
+        if heads is not None:
+            z.append(heads.float().cpu())
+    top = TopK(torch.cat(values), torch.cat(indices))
+    kept = KeptTeacher(top, torch.tensor(lengths).cumsum(0), torch.cat(z) if z else None)
+    if path is not None:
+        try:
+            kept.save(path)
+        except OSError as error:
+            warnings.warn(
+                f"the teacher's outputs aren't kept on disk ({error}); training goes on without", stacklevel=3
+            )
+    return kept
