@@ -17,6 +17,7 @@ from ivlens.models.loading import tokenizing_backend
 from ivlens.prompts import build_prompts, tokenize
 from ivlens.training import TrainingRun, fine_tune
 from ivlens.training.data import answer_dataset
+from ivlens.vectors import InstructionVector
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -102,9 +103,29 @@ def test_the_adapter_loads_back_with_the_same_logits_in_a_new_process(base, run,
     assert not torch.allclose(expected, logits_of(ivl.load_model(base)), atol=1e-3)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(base, task, run, tmp_path):
+@pytest.fixture(scope="module")
+def guided(task):
+    vector = InstructionVector(torch.randn(32, generator=torch.Generator().manual_seed(0)), layer=1)
+    return {"vectors": {task.name: vector}}
+
+
+def test_guided_training_logs_its_terms_and_trains_another_adapter(base, task, run, guided, tmp_path):
+    from safetensors.torch import load_file
+
+    mine = fine_tune(base, task, folder=tmp_path, save_every=2, **guided, **OPTIONS)
+    assert {"lm_loss", "kl_loss"} <= mine.log[0].keys() and "kl_loss" not in run.log[0]
+    one, two = (load_file(r.final / "adapter_model.safetensors") for r in (run, mine))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(ValueError, match=r"holds another training run .*guidance"):
+        fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["plain", "guided"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(base, task, run, guided, tmp_path, kind):
     from safetensors.torch import load_file
     from transformers import TrainerCallback
+
+    more = guided if kind == "guided" else {}
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -121,8 +142,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(base, task, run, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "__init__", with_stop)
         with pytest.raises(KeyboardInterrupt):
-            fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
-    again = fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
+            fine_tune(base, task, folder=tmp_path / "cut", save_every=2, **more, **OPTIONS)
+    again = fine_tune(base, task, folder=tmp_path / "cut", save_every=2, **more, **OPTIONS)
+    if kind == "guided":
+        run = fine_tune(base, task, folder=tmp_path / "whole", save_every=2, **more, **OPTIONS)
     one, two = (load_file(r.final / "adapter_model.safetensors") for r in (run, again))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert any(value.abs().sum() > 0 for key, value in one.items() if "lora_B" in key)

@@ -50,6 +50,8 @@ def train(
     shots: Shots = 0,
     style: Style = "qa",
     save_every: Annotated[int | None, typer.Option(help="Keep a checkpoint every so many steps")] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Folder of `ivlens extract`: guide training by these")] = None,
+    guidance: Annotated[str, typer.Option(help="How: paper or fvg-code")] = "paper",
     seed: Seed = 0,
     out: Out = Path("trained"),
 ) -> None:
@@ -57,12 +59,15 @@ def train(
     with readable_errors():
         from ivlens.report import Section, write_report
         from ivlens.training import fine_tune
+        from ivlens.vectors import InstructionVector
 
         if not task and not file:
             raise ValueError("name a task to train on, or give --file; `ivlens tasks` lists the built-in ones")
+        suite = read_tasks(task, file, instruction)
+        loaded = None if vectors is None else {name: InstructionVector.load(vectors / name) for name in suite}
         run = fine_tune(
             model,
-            read_tasks(task, file, instruction),
+            suite,
             folder=out,
             steps=steps,
             batch_size=batch_size,
@@ -71,6 +76,8 @@ def train(
             shots=shots,
             style=style,
             save_every=save_every,
+            vectors=loaded,
+            guidance=guidance,
             seed=seed,
         )
         sections = [Section("Loss", repr(run), [run.plot()])]

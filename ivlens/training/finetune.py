@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from ivlens.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.data import IGNORED, answer_dataset
+from ivlens.training.guidance import Guidance
+from ivlens.vectors import InstructionVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +104,8 @@ def fine_tune(
     instruction: bool | str | int = True,
     style: str = "qa",
     save_every: int | None = None,
+    vectors: Mapping[str, InstructionVector] | None = None,
+    guidance: str | Guidance = "paper",
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -122,6 +127,8 @@ def fine_tune(
         How the prompts look; see `build_prompts`. Each example gets a wording of its own.
     save_every
         Keep a checkpoint every so many steps; None for the final one only.
+    vectors, guidance
+        With a vector for every task, training is guided by them (see `IVTrainer`), so that less is forgotten; without, plain.
     arguments
         More of `transformers.TrainingArguments`: `bf16=True`, `gradient_accumulation_steps=4`, …
 
@@ -144,6 +151,7 @@ def fine_tune(
         "instruction": instruction,
         "style": style,
         "seed": seed,
+        **({} if vectors is None else {"guidance": repr(guidance), "vectors": _digest(vectors)}),
         **{key: str(value) for key, value in arguments.items()},
     }
     if _settled(folder, settings):
@@ -151,18 +159,22 @@ def fine_tune(
     n = steps * batch_size * int(arguments.get("gradient_accumulation_steps", 1))
     options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     prompts = [p for task in suite.values() for p in build_prompts(task, n=-(-n // len(suite)), **options)]
-    dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts).remove_columns("task")
+    dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts)
     arguments = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
         "learning_rate": learning_rate,
         **arguments,
     }
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     with _random_state(seed):
         if lora is not False:
             hf_model = _with_lora(hf_model, lora, label)
         record = {} if lora is False else {"label": label, "fingerprint": settings["base_fingerprint"]}
-        trainer = _trainer(hf_model, tokenizer, dataset, folder, save_every, seed, progress, record, arguments)
+        guided = {} if vectors is None else {"vectors": vectors, "guidance": guidance}
+        defaults = _defaults(save_every, seed, progress, steps)
+        trainer = _trainer(hf_model, tokenizer, dataset, folder, {**defaults, **arguments}, record, guided)
         done = checkpoints_in(folder)
         trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
     _save(hf_model, tokenizer, folder / FINAL, record)
@@ -195,16 +207,38 @@ def _with_lora(hf_model: Any, lora: bool | PeftConfig, label: str) -> Any:
     return model
 
 
+def _digest(vectors: Mapping[str, InstructionVector]) -> str:
+    """Tells other vectors apart."""
+    digest = hashlib.sha256()
+    for name, vector in sorted(vectors.items()):
+        digest.update(f"{name} {vector.layer} {vector.scale}".encode() + vector.vector.float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _defaults(save_every: int | None, seed: int, progress: bool, steps: int) -> dict[str, Any]:
+    """What `TrainingArguments` start from."""
+    return {
+        "lr_scheduler_type": "constant",
+        "logging_steps": max(1, min(10, steps // 10)),
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "save_strategy": "no" if save_every is None else "steps",
+        "save_steps": save_every or 500,
+        "disable_tqdm": not progress,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": seed,
+    }
+
+
 def _trainer(
     hf_model: Any,
     tokenizer: Any,
     dataset: Any,
     folder: Path,
-    save_every: int | None,
-    seed: int,
-    progress: bool,
-    record: dict[str, str],
     arguments: dict[str, Any],
+    record: dict[str, str],
+    guided: dict[str, Any],
 ) -> Any:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -219,31 +253,21 @@ def _trainer(
             if record and state.is_world_process_zero:
                 record_base(folder / f"checkpoint-{state.global_step}", **record)
 
-    defaults: dict[str, Any] = {
-        "lr_scheduler_type": "constant",
-        "logging_steps": max(1, min(10, arguments["max_steps"] // 10)),
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "save_strategy": "no" if save_every is None else "steps",
-        "save_steps": save_every or 500,
-        "disable_tqdm": not progress,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "seed": seed,
+    common: dict[str, Any] = {
+        "args": TrainingArguments(output_dir=str(folder), **arguments),
+        "processing_class": tokenizer,
+        "callbacks": [Record()],
     }
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    trainer = Trainer(
-        model=hf_model,
-        args=TrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
-        train_dataset=dataset,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED),
-        processing_class=tokenizer,
-        callbacks=[Record()],
-    )
+    if guided:
+        from ivlens.training.trainer import IVTrainer
+
+        trainer: Trainer = IVTrainer(hf_model, train_dataset=dataset, **guided, **common)
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
+        trainer = Trainer(hf_model, train_dataset=dataset.remove_columns("task"), data_collator=collator, **common)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if progress:
+    if not arguments["disable_tqdm"]:
         trainer.add_callback(Bar())
     return trainer
 
