@@ -107,6 +107,7 @@ def bootstrap_share(
     """Summed gains over summed losses, with its 95 % percentile bootstrap interval, resampling rows within each group.
 
     A group has a row per prompt: before, after, and restored. Gain: mean restored − mean after; loss: mean before − mean after.
+    No interval (NaN) where the loss itself isn't certain: where more than 2.5 % of the resamples lost nothing.
     """
     import numpy as np
 
@@ -118,6 +119,8 @@ def bootstrap_share(
         drawn = rows[rng.integers(len(rows), size=(n_bootstrap, len(rows)))].mean(axis=1)
         gains += drawn[:, 2] - drawn[:, 1]
         losses += drawn[:, 0] - drawn[:, 1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.nanquantile(gains / losses, [0.025, 0.975])
-        return float(found[0] / found[1]), float(low), float(high)
+    share = float(found[0] / found[1]) if found[1] else float("nan")
+    if (losses <= 0).mean() > 0.025:
+        return share, float("nan"), float("nan")
+    low, high = np.quantile(gains[losses > 0] / losses[losses > 0], [0.025, 0.975])
+    return share, float(low), float(high)

@@ -252,3 +252,10 @@ def test_a_share_is_summed_gains_over_summed_losses():
     two = np.array([[1, 0, 0]] * 10 + [[1, 1, 1]] * 90, float)  # lost 10, none returned
     share, low, high = bootstrap_share([one, two])
     assert share == pytest.approx(0.75) and low < 0.75 < high
+
+
+def test_a_share_of_a_loss_that_may_be_none_has_no_interval():
+    rows = np.array([[1, 0, 1]] * 6 + [[0, 1, 1]] * 4 + [[1, 1, 1]] * 90, float)
+    share, low, high = bootstrap_share([rows])
+    assert share == pytest.approx(3.0) and np.isnan([low, high]).all()
+    assert np.isnan(bootstrap_share([np.ones((5, 3))])).all()
