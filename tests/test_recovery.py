@@ -14,7 +14,7 @@ from ivlens.training import fine_tune
 from ivlens.vectors import Head
 from tests import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]
 
 HEADS = [Head(0, 1), Head(1, 2), Head(2, 0)]
 LOOK = {"shots": 2, "n_prompts": 8, "n_valid": 3, "progress": False}

@@ -15,7 +15,7 @@ from ivlens.training.data import answer_dataset
 from ivlens.vectors import Head, InstructionVector
 from tests import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]
 
 HEADS = (Head(0, 1), Head(2, 3))
 

@@ -20,7 +20,7 @@ from ivlens.training.data import answer_dataset
 from ivlens.vectors import InstructionVector
 from tests import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,12 @@ def test_the_dataset_is_prompt_answer_and_end_with_labels_on_the_answer_only(loa
         assert row["labels"] == [-100] * len(tokens.prompt) + [*tokens.answer, end]
 
 
-def test_a_model_without_weights_tokenizes_like_the_hooked_one(load, tokenizer, task):
+def test_a_model_without_weights_tokenizes_like_the_hooked_one(tokenizer, task):
     prompts = build_prompts(task, n=3, shots=2)
     for name in tiny.CONFIGS:
         empty = tokenizing_backend(tiny.hf_model(name), tokenizer, name)
-        assert tokenize(empty, prompts) == tokenize(backend_of(load(name)), prompts)
+        hooked = ivl.load_model(tiny.hf_model(name), tokenizer=tokenizer, backend="bridge")
+        assert tokenize(empty, prompts) == tokenize(backend_of(hooked), prompts)
 
 
 def test_the_logged_loss_is_the_mean_over_answer_tokens_whatever_the_padding(base, task, tmp_path, tokenizer):
