@@ -50,6 +50,15 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer):
+    """A folder with the tiny Llama, as `from_pretrained` reads it."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.hf_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def load(tokenizer):
     """`load("gpt2")`: that tiny hooked model, built once."""
     models = {}

@@ -25,14 +25,6 @@ LOOK = {"shots": 2, "n_prompts": 6, "n_mean": 5, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("base")
-    tiny.hf_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def run(base, task, tmp_path_factory):
     options = {"steps": 4, "batch_size": 3, "learning_rate": 2e-2, "progress": False}
     return fine_tune(base, task, folder=tmp_path_factory.mktemp("run"), save_every=2, **options)

@@ -62,15 +62,18 @@ def recovery(base, adapter, task, other_task, vectors):
     new = ivl.extract_vector(
         ivl.load_model(base, adapter=adapter, backend="bridge"), other_task, HEADS, shots=2, n_prompts=6
     )
-    return ivl.recover([adapter], [task, other_task], vectors, model=base, subtract=new, layers=[0, 1, 2], **LOOK)
+    more = {"subtract": new, "alternatives": {"the same again": vectors}, "layers": [0, 1, 2]}
+    return ivl.recover([adapter], [task, other_task], vectors, model=base, **more, **LOOK)
 
 
 def test_every_condition_is_scored_on_the_same_test_prompts(recovery):
     assert recovery.conditions == [
-        "before", "before + vector", "after", "old vector", "old − new vector", "old vector, by heads", "random vector",
-        "other task", "original state",
+        "before", "before + vector", "after", "old vector", "old − new vector", "the same again",
+        "old vector, by heads", "random vector", "other task", "original state",
     ]  # fmt: skip
     assert set(recovery.scores.groupby(["task", "condition"]).size()) == {8}
+    table = recovery.scores.pivot(index=["task", "prompt"], columns="condition", values="hit")
+    assert table["the same again"].equals(table["old vector"].rename("the same again"))
 
 
 @torch.inference_mode()

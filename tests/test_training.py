@@ -23,15 +23,6 @@ from tests import tiny
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
-    """A local model folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.hf_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 OPTIONS = {"steps": 4, "batch_size": 3, "learning_rate": 1e-2, "progress": False}
 
 

@@ -58,6 +58,7 @@ def load(name: str, backend: str, adapter: str | None = None, device: str | None
 
 
 def read_tasks(names: list[str] | None, files: list[Path] | None, instructions: list[str] | None) -> TaskSuite:
+    """The built-in tasks named, and one task per file; all built-in ones where nothing is named."""
     from ivlens.tasks import Task, TaskSuite, load_tasks
 
     if not files:
@@ -82,6 +83,7 @@ def say(text: str) -> None:
 
 
 def print_table(frame: pd.DataFrame, title: str) -> None:
+    """A table in the terminal: numbers on the right, line breaks written out."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -212,8 +212,8 @@ def _after(
 def _choose(
     backend: Backend, rows: Sequence[TokenizedPrompt], options: Mapping[str, list[Choice]]
 ) -> tuple[dict[str, tuple[int | None, float, Edit, float]], float]:
-    """Of each condition the layer and scale with the highest accuracy on validation prompts (ties: mean log-probability is
-    not looked at; the smaller scale, then the lower layer), all in one replay; and the accuracy with nothing injected."""
+    """Of each condition the layer and scale with the highest accuracy on validation prompts (ties go to the smaller scale,
+    then the lower layer), all in one replay; and the accuracy with nothing injected."""
     flat = [(name, choice) for name, choices in options.items() for choice in choices]
     values, baseline = edit_effects(backend, rows, [choice[2] for _, choice in flat], metric="accuracy")
     accuracy = values.mean(0).tolist()
@@ -244,6 +244,7 @@ class _Store:
         self.settings = settings
 
     def get(self, checkpoint: Checkpoint, task: str, make: Callable[[], Found]) -> Found:
+        """What was kept for a checkpoint and task, or else what `make` finds, kept from now on."""
         if self.folder is None:
             return make()
         with checkpoint.use() as model:
