@@ -33,7 +33,7 @@ _HOME = {
     "answer_probabilities": "ivlens.probabilities",
     "compare_probabilities": "ivlens.probabilities",
     "fine_tune": "ivlens.training.finetune",
-    "TrainingRun": "ivlens.training.finetune",
+    "TrainingRun": "ivlens.training.run",
     "compare": "ivlens.dynamics.tracking",
     "track": "ivlens.dynamics.tracking",
     "Change": "ivlens.dynamics.change",

@@ -108,7 +108,7 @@ def test_guided_training_logs_its_terms_and_trains_another_adapter(base, task, r
     assert {"lm_loss", "kl_loss"} <= mine.log[0].keys() and "kl_loss" not in run.log[0]
     one, two = (load_file(r.final / "adapter_model.safetensors") for r in (run, mine))
     assert any(not torch.equal(one[key], two[key]) for key in one)
-    with pytest.raises(ValueError, match=r"holds another training run .*guidance"):
+    with pytest.raises(ValueError, match=r"holds another training run .*method"):
         fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
 
 

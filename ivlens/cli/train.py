@@ -50,8 +50,12 @@ def train(
     shots: Shots = 0,
     style: Style = "qa",
     save_every: Annotated[int | None, typer.Option(help="Keep a checkpoint every so many steps")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="lora, fresh_lora, ewc, lwf, replay, o_lora, averaging, iv or fvg; default: lora, or iv"),
+    ] = None,
     vectors: Annotated[Path | None, typer.Option(help="Folder of `ivlens extract`: guide training by these")] = None,
-    guidance: Annotated[str, typer.Option(help="How: paper or fvg-code")] = "paper",
+    previous: Annotated[Path | None, typer.Option(help="Folder of the run to go on from")] = None,
     seed: Seed = 0,
     out: Out = Path("trained"),
 ) -> None:
@@ -76,8 +80,9 @@ def train(
             shots=shots,
             style=style,
             save_every=save_every,
+            method=method,
             vectors=loaded,
-            guidance=guidance,
+            previous=previous,
             seed=seed,
         )
         sections = [Section("Loss", repr(run), [run.plot()])]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["adapter_distance", "add_adapter", "is_adapter", "record_base"]
+__all__ = ["adapter_distance", "adapter_weights", "add_adapter", "is_adapter", "record_base", "stack_adapters"]
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "ivlens.json"
 
@@ -39,7 +39,9 @@ def check_files(path: str | Path) -> None:
         raise ValueError(f"{path / WEIGHTS} is truncated or not a safetensors file ({error}); save it again") from error
 
 
-def add_adapter(hf_model: Any, path: str | Path, *, label: str, fingerprint: str, name: str = "default") -> Any:
+def add_adapter(
+    hf_model: Any, path: str | Path, *, label: str, fingerprint: str, name: str = "default", trainable: bool = False
+) -> Any:
     """The model with an adapter on it: a new `PeftModel`, or the one given with one adapter more.
 
     Parameters
@@ -67,9 +69,9 @@ def add_adapter(hf_model: Any, path: str | Path, *, label: str, fingerprint: str
             )
     try:
         if isinstance(hf_model, PeftModel):
-            hf_model.load_adapter(str(path), adapter_name=name)
+            hf_model.load_adapter(str(path), adapter_name=name, is_trainable=trainable)
             return hf_model
-        return PeftModel.from_pretrained(hf_model, str(path), adapter_name=name)
+        return PeftModel.from_pretrained(hf_model, str(path), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
@@ -87,3 +89,46 @@ def adapter_distance(peft_model: Any, name: str) -> float:
         if isinstance(module, LoraLayer) and name in module.lora_A:
             total += module.get_delta_weight(name).double().square().sum().item()
     return total**0.5 if total else float("nan")
+
+
+def adapter_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder."""
+    from safetensors.torch import load_file
+
+    check_files(path)
+    return load_file(str(Path(path) / WEIGHTS))
+
+
+def stack_adapters(first: str | Path, second: str | Path) -> None:
+    """Make the LoRA adapter in folder `second` do what both do together: rows of A and columns of B side by side, exactly.
+
+    Raises
+    ------
+    ValueError
+        If one isn't a plain LoRA adapter, or they are on different modules.
+    """
+    from safetensors.torch import save_file
+
+    configs = [json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")) for path in (first, second)]
+    parts = [_scaled(adapter_weights(path), config, path) for path, config in zip((first, second), configs)]
+    if parts[0].keys() != parts[1].keys():
+        raise ValueError(
+            f"{first} and {second} are on different modules; train every stage with the same LoRA settings"
+        )
+    stacked = {}
+    for name in parts[0]:
+        pair = [part[name] for part in parts]
+        stacked[name] = torch.cat(pair, dim=0 if ".lora_A." in name else 1).contiguous()
+    rank = sum(config["r"] for config in configs)
+    changed = {**configs[1], "r": rank, "lora_alpha": rank, "use_rslora": False}  # B carries the scale
+    (Path(second) / CONFIG).write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(stacked, str(Path(second) / WEIGHTS), {"format": "pt"})
+
+
+def _scaled(weights: dict[str, torch.Tensor], config: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """With the adapter's scale, alpha / r, in B."""
+    plain = all(".lora_A." in name or ".lora_B." in name for name in weights)
+    if config.get("peft_type") != "LORA" or not plain or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{path} is no plain LoRA adapter, and only those can be put together; use a plain LoraConfig")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    return {name: weight * scale if ".lora_B." in name else weight for name, weight in weights.items()}

@@ -1,6 +1,15 @@
-"""Fine-tuning on a task's answers, plainly and guided by instruction vectors."""
+"""Fine-tuning on a task's answers, by the methods in `methods/`: plain, protected, or guided by instruction vectors."""
 
-from ivlens.training.finetune import TrainingRun, fine_tune
+from ivlens.training.finetune import fine_tune
 from ivlens.training.guidance import KL, Guidance
+from ivlens.training.run import TrainingRun
 
-__all__ = ["KL", "Guidance", "TrainingRun", "fine_tune"]
+__all__ = ["KL", "METHODS", "Guidance", "TrainingRun", "fine_tune"]
+
+
+def __getattr__(name: str):
+    if name == "METHODS":  # loads transformers' Trainer
+        from ivlens.training.methods import METHODS
+
+        return METHODS
+    raise AttributeError(f"module 'ivlens.training' has no attribute {name!r}")

@@ -1,94 +1,36 @@
-"""Plain fine-tuning on one task or several: `transformers.Trainer`, LoRA by peft or every weight, resumed where it stopped."""
+"""Fine-tuning on one task or several, one stage of a sequence at a time: `transformers.Trainer`, resumed where it stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivlens.models.adapters import record_base
+from ivlens.models.adapters import WEIGHTS, add_adapter, record_base, stack_adapters
 from ivlens.models.backends import weights_fingerprint
-from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
+from ivlens.models.checkpoints import FINAL
 from ivlens.models.loading import load_hf, tokenizing_backend
 from ivlens.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
-from ivlens.training.data import IGNORED, answer_dataset
-from ivlens.training.guidance import Guidance
+from ivlens.training.data import answer_dataset
+from ivlens.training.run import LOG, SAVED, TrainingRun, settled, usable_checkpoint, write_text
 from ivlens.vectors import InstructionVector
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
     from peft import PeftConfig
 
-__all__ = ["TrainingRun", "fine_tune"]
+    from ivlens.training.methods import Method
 
-LOG = "log.json"
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A finished training run in its folder.
-
-    Attributes
-    ----------
-    log
-        One entry per logged step: `step`, `loss` (mean over answer tokens, nats), `learning_rate`, …
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    log: list[dict[str, float]]
-
-    @property
-    def final(self) -> Path:
-        """The adapter, or with full fine-tuning the model, after the last step: `load_model(base, adapter=run.final)`."""
-        return self.folder / FINAL
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """What was kept on the way, by steps, and the final one."""
-        return [*checkpoints_in(self.folder), self.final]
-
-    @classmethod
-    def load(cls, folder: str | Path) -> TrainingRun:
-        """A finished run from its folder."""
-        folder = Path(folder)
-        if not (folder / LOG).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no finished training run; call fine_tune with this folder to go on"
-            )
-        read = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, LOG)}
-        return cls(folder, read[SETTINGS], read[LOG])
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per logged step."""
-        import pandas as pd
-
-        return pd.DataFrame(self.log)
-
-    def plot(self) -> go.Figure:
-        """Loss over steps."""
-        from ivlens.plots import plot_loss
-
-        return plot_loss(self)
-
-    def __repr__(self) -> str:
-        s = self.settings
-        losses = [f"{self.log[i]['loss']:.3f}" for i in (0, -1)] if self.log else ["?", "?"]
-        kept = len(self.checkpoints)
-        return (
-            f"TrainingRun({', '.join(s['tasks'])} on {s['base']}, {s['method']}, {s['steps']} steps of {s['batch_size']}, "
-            f"loss {losses[0]} → {losses[1]}, {kept} checkpoint{'s' if kept > 1 else ''} in {self.folder})"
-        )
+__all__ = ["fine_tune"]
 
 
 def fine_tune(
@@ -96,6 +38,9 @@ def fine_tune(
     tasks: Task | Iterable[Task] | Mapping[str, Task],
     *,
     folder: str | Path,
+    method: str | Method | None = None,
+    vectors: Mapping[str, InstructionVector] | None = None,
+    previous: TrainingRun | str | Path | None = None,
     steps: int = 100,
     batch_size: int = 8,
     learning_rate: float = 1e-4,
@@ -104,8 +49,6 @@ def fine_tune(
     instruction: bool | str | int = True,
     style: str = "qa",
     save_every: int | None = None,
-    vectors: Mapping[str, InstructionVector] | None = None,
-    guidance: str | Guidance = "paper",
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
@@ -120,6 +63,12 @@ def fine_tune(
     folder
         Where everything goes. Called again with the same settings, an interrupted run goes on from its last checkpoint,
         and a finished one is returned as it is.
+    method
+        A name in `ivlens.training.METHODS` or a `Method`. Default: `iv` where there are vectors, else `lora`, which is plain.
+    vectors
+        The instruction vector of every task, for guided methods (see `IVTrainer`).
+    previous
+        The run this one goes on from, on the same base model: its adapter, and what its method keeps.
     lora
         True for rank 8, alpha 16, dropout 0.1 on the query and value projections (as in the code of arXiv 2502.11019), a
         peft config of your own, or False to train every weight.
@@ -127,23 +76,27 @@ def fine_tune(
         How the prompts look; see `build_prompts`. Each example gets a wording of its own.
     save_every
         Keep a checkpoint every so many steps; None for the final one only.
-    vectors, guidance
-        With a vector for every task, training is guided by them (see `IVTrainer`), so that less is forgotten; without, plain.
     arguments
         More of `transformers.TrainingArguments`: `bf16=True`, `gradient_accumulation_steps=4`, …
 
     Raises
     ------
     ValueError
-        If a prompt with its answer is longer than the context (nothing is ever cut off), or the folder holds another run.
+        If a prompt with its answer is longer than the context (nothing is ever cut off), the folder holds another run, the
+        method is unknown, or it needs a previous run by the same method.
     """
+    from ivlens.training.methods import Stage, as_method
+
     suite, folder = as_suite(tasks), Path(folder)
+    chosen = as_method(("lora" if vectors is None else "iv") if method is None else method)
+    before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, torch.float32)
     settings = {
         "base": label,
         "base_fingerprint": weights_fingerprint(hf_model),
         "tasks": suite.names,
-        "method": "LoRA" if lora is True else "every weight" if lora is False else repr(lora),
+        "method": repr(chosen),
+        "weights": "LoRA" if lora is True else "every weight" if lora is False else repr(lora),
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -151,10 +104,11 @@ def fine_tune(
         "instruction": instruction,
         "style": style,
         "seed": seed,
-        **({} if vectors is None else {"guidance": repr(guidance), "vectors": _digest(vectors)}),
+        **({} if vectors is None else {"vectors": _digest(vectors)}),
+        **({} if before is None else {"previous": _file_digest(before / FINAL / WEIGHTS)}),
         **{key: str(value) for key, value in arguments.items()},
     }
-    if _settled(folder, settings):
+    if settled(folder, settings):
         return TrainingRun.load(folder)
     n = steps * batch_size * int(arguments.get("gradient_accumulation_steps", 1))
     options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
@@ -168,42 +122,58 @@ def fine_tune(
     }
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    record = {} if lora is False else {"label": label, "fingerprint": settings["base_fingerprint"]}
     with _random_state(seed):
         if lora is not False:
-            hf_model = _with_lora(hf_model, lora, label)
-        record = {} if lora is False else {"label": label, "fingerprint": settings["base_fingerprint"]}
-        guided = {} if vectors is None else {"vectors": vectors, "guidance": guidance}
-        defaults = _defaults(save_every, seed, progress, steps)
-        trainer = _trainer(hf_model, tokenizer, dataset, folder, {**defaults, **arguments}, record, guided)
-        done = checkpoints_in(folder)
-        trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)
-    _save(hf_model, tokenizer, folder / FINAL, record)
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    (folder / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+            hf_model = _with_lora(hf_model, lora, before, chosen.fresh, record)
+        stage = Stage(hf_model, tokenizer, dataset, vectors, before, folder, seed)
+        trainer = _trainer(chosen, stage, {**_defaults(save_every, seed, progress, steps), **arguments}, record, before)
+        resumed = usable_checkpoint(folder)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        seconds = float("nan") if resumed else time.perf_counter() - start
+        chosen.finish(stage)
+    if trainer.is_world_process_zero():
+        _save(stage, before if chosen.fresh else None, record)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        cost = {"seconds": seconds, **_cost(stage, trainer)}
+        write_text(folder / LOG, json.dumps({"log": log, "cost": cost}, indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
     return TrainingRun.load(folder)
 
 
-def _settled(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether this run is finished already. Notes its settings if it is new."""
-    path = folder / SETTINGS
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
-        if differing:
-            what = ", ".join(f"{key}: {known.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
-            raise ValueError(f"{folder} holds another training run ({what}); choose another folder or remove that one")
-        return (folder / LOG).is_file()
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    return False
+def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
+    """The folder of the run before, which must be finished and by a method that left what this one needs."""
+    if lora is False and (previous is not None or method.fresh):
+        raise ValueError(
+            f"lora=False goes neither with previous nor with {type(method).__name__}, which work on adapters; to go on training "
+            "every weight, pass the run's `final` folder as the model"
+        )
+    if previous is None:
+        return None
+    run = previous if isinstance(previous, TrainingRun) else TrainingRun.load(previous)
+    if method.keeps and not (run.folder / "memory").is_dir():
+        raise ValueError(
+            f"{run.folder} kept nothing for {type(method).__name__} ({run.settings['method']} trained it); "
+            "train the stages before with the same method"
+        )
+    return run.folder
 
 
-def _with_lora(hf_model: Any, lora: bool | PeftConfig, label: str) -> Any:
+def _with_lora(
+    hf_model: Any, lora: bool | PeftConfig, before: Path | None, fresh: bool, record: Mapping[str, str]
+) -> Any:
+    """The model with the adapter to train: the previous one, or a new one on top of the previous one merged in."""
     from peft import LoraConfig, get_peft_model
 
+    if before is not None:
+        hf_model = add_adapter(hf_model, before / FINAL, trainable=not fresh, **record)
+        if not fresh:
+            return hf_model
+        hf_model = hf_model.merge_and_unload()
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM") if lora is True else lora
     model = get_peft_model(hf_model, config)  # query and value projections are peft's default where there are such
-    model.peft_config["default"].base_model_name_or_path = label
+    model.peft_config["default"].base_model_name_or_path = record["label"]
     return model
 
 
@@ -213,6 +183,10 @@ def _digest(vectors: Mapping[str, InstructionVector]) -> str:
     for name, vector in sorted(vectors.items()):
         digest.update(f"{name} {vector.layer} {vector.scale}".encode() + vector.vector.float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _defaults(save_every: int | None, seed: int, progress: bool, steps: int) -> dict[str, Any]:
@@ -232,15 +206,9 @@ def _defaults(save_every: int | None, seed: int, progress: bool, steps: int) -> 
 
 
 def _trainer(
-    hf_model: Any,
-    tokenizer: Any,
-    dataset: Any,
-    folder: Path,
-    arguments: dict[str, Any],
-    record: dict[str, str],
-    guided: dict[str, Any],
+    method: Method, stage: Any, arguments: dict[str, Any], record: Mapping[str, str], before: Path | None
 ) -> Any:
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class Bar(ProgressCallback):
@@ -250,21 +218,21 @@ def _trainer(
 
     class Record(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            if record and state.is_world_process_zero:
-                record_base(folder / f"checkpoint-{state.global_step}", **record)
+            if not state.is_world_process_zero:
+                return
+            saved = stage.folder / f"checkpoint-{state.global_step}"
+            if record and not (
+                method.fresh and before
+            ):  # else it is an adapter on the base with the earlier ones merged in
+                record_base(saved, **record)
+            (saved / SAVED).touch()
 
     common: dict[str, Any] = {
-        "args": TrainingArguments(output_dir=str(folder), **arguments),
-        "processing_class": tokenizer,
+        "args": TrainingArguments(output_dir=str(stage.folder), **arguments),
+        "processing_class": stage.tokenizer,
         "callbacks": [Record()],
     }
-    if guided:
-        from ivlens.training.trainer import IVTrainer
-
-        trainer: Trainer = IVTrainer(hf_model, train_dataset=dataset, **guided, **common)
-    else:
-        collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
-        trainer = Trainer(hf_model, train_dataset=dataset.remove_columns("task"), data_collator=collator, **common)
+    trainer = method.trainer(stage, method.data(stage), **common)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments["disable_tqdm"]:
@@ -272,12 +240,36 @@ def _trainer(
     return trainer
 
 
-def _save(hf_model: Any, tokenizer: Any, folder: Path, record: dict[str, str]) -> None:
-    hf_model.save_pretrained(folder)
+def _save(stage: Any, below: Path | None, record: Mapping[str, str]) -> None:
+    """The outcome, with the adapters below it stacked into one; in place only once it is whole."""
+    partial = stage.folder / f"{FINAL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    stage.model.save_pretrained(partial)
     if record:
-        record_base(folder, **record)
+        record_base(partial, **record)
     else:
-        tokenizer.save_pretrained(folder)
+        stage.tokenizer.save_pretrained(partial)
+    if below is not None:
+        stack_adapters(below / FINAL, partial)
+    shutil.rmtree(stage.folder / FINAL, ignore_errors=True)
+    partial.rename(stage.folder / FINAL)
+
+
+def _cost(stage: Any, trainer: Any) -> dict[str, float]:
+    import resource
+
+    kept = [p for p in (stage.folder / "memory").rglob("*") if p.is_file()]
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {
+        "teacher_seconds": getattr(trainer, "teacher_seconds", 0.0),
+        "trained": sum(p.numel() for p in stage.model.parameters() if p.requires_grad),
+        "kept_mb": sum(p.stat().st_size for p in kept) / 1e6,
+        "peak_mb": peak / 1e6,
+    }
 
 
 @contextmanager

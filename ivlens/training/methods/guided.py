@@ -1,0 +1,45 @@
+"""Training guided by instruction vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ivlens.training.guidance import PRESETS, Guidance
+from ivlens.training.methods.method import Method, Stage
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import Trainer
+
+__all__ = ["Guided"]
+
+
+@dataclass(frozen=True)
+class Guided(Method):
+    """Instruction-vector-guided training (IV; preset `fvg-code`: FVG). See `IVTrainer`.
+
+    Attributes
+    ----------
+    guidance
+        A preset's name or a `Guidance`.
+    keep_teacher
+        See `IVTrainer`.
+    """
+
+    guidance: str | Guidance = "paper"
+    keep_teacher: int | str | None = 256
+
+    def __post_init__(self) -> None:
+        if isinstance(self.guidance, str) and self.guidance not in PRESETS:
+            raise ValueError(
+                f"guidance={self.guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
+            )
+
+    def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
+        from ivlens.training.trainer import IVTrainer
+
+        if stage.vectors is None:
+            raise ValueError("guided training needs vectors; extract one for each task with ivl.extract_vector")
+        options = {"guidance": self.guidance, "keep_teacher": self.keep_teacher}
+        return IVTrainer(stage.model, vectors=stage.vectors, train_dataset=dataset, **options, **common)

@@ -1,0 +1,43 @@
+"""Learning without forgetting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ivlens.training.guidance import KL, Guidance
+from ivlens.training.methods.method import Method, Stage
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import Trainer
+
+__all__ = ["LwF"]
+
+
+@dataclass(frozen=True)
+class LwF(Method):
+    """Learning without forgetting (arXiv 1606.09282): the model before the stage teaches it on the new task's own prompts.
+
+    The same divergence as in guided training, without a vector in the teacher.
+
+    Attributes
+    ----------
+    weight, temperature
+        λ and T; T = 2 as in the paper.
+    """
+
+    weight: float = 1.0
+    temperature: float = 2.0
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(progressive=False, kl=(KL(weight=self.weight, temperature=self.temperature),))
+
+    def __post_init__(self) -> None:
+        self.guidance  # raises where an option is out of range
+
+    def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
+        from ivlens.training.trainer import IVTrainer
+
+        return IVTrainer(stage.model, vectors=None, guidance=self.guidance, train_dataset=dataset, **common)

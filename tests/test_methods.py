@@ -1,0 +1,267 @@
+"""Methods against forgetting: penalties and data by hand, memories kept, stages stacked exactly, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ivlens as ivl
+from ivlens.models.adapters import adapter_weights
+from ivlens.models.backends import backend_of
+from ivlens.models.loading import load_hf, tokenizing_backend
+from ivlens.prompts import build_prompts
+from ivlens.storage import read_json, read_tensors
+from ivlens.training import METHODS, fine_tune
+from ivlens.training.data import answer_dataset
+from ivlens.training.methods import EWC, Averaging, Guided, LwF, OLoRA, Replay, as_method
+from ivlens.training.methods.replay import reservoir
+from ivlens.vectors import InstructionVector
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+OPTIONS = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": False, "logging_steps": 1}
+TOKENS = torch.tensor([[5, 9, 30, 41, 7]])
+
+
+@pytest.fixture(scope="module")
+def first(base, task, tmp_path_factory):
+    """A first stage by every method, trained once."""
+    done = {}
+
+    def of(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            done[name] = fine_tune(base, task, folder=folder, method=name, vectors=vectors_of(task), **OPTIONS)
+        return done[name]
+
+    return of
+
+
+def vectors_of(*tasks):
+    generator = torch.Generator().manual_seed(0)
+    return {task.name: InstructionVector(torch.randn(32, generator=generator), layer=1) for task in tasks}
+
+
+@torch.inference_mode()
+def logits(base, adapter=None):
+    return backend_of(ivl.load_model(base, adapter=adapter, backend="bridge")).forward(
+        TOKENS, torch.ones_like(TOKENS), keep=5
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_stage_goes_on_from_the_first(base, task, other_task, first, tmp_path, name):
+    one = first(name)
+    two = fine_tune(
+        base, other_task, folder=tmp_path, method=name, vectors=vectors_of(other_task), previous=one, **OPTIONS
+    )
+    assert not torch.allclose(logits(base, two.final), logits(base, one.final), atol=1e-4)
+    rank = json.loads((two.final / "adapter_config.json").read_text())["r"]
+    assert rank == (16 if METHODS[name].fresh else 8)
+    assert (two.folder / "memory").is_dir() == METHODS[name].keeps
+    assert two.cost["trained"] > 0 and (two.cost["kept_mb"] > 0) == METHODS[name].keeps
+
+
+@pytest.mark.parametrize("name", ["fresh_lora", "o_lora"])
+def test_a_fresh_adapter_that_learned_nothing_leaves_the_earlier_stages_as_they_were(
+    base, other_task, first, tmp_path, name
+):
+    one = first(name)
+    still = {**OPTIONS, "learning_rate": 0.0}
+    two = fine_tune(base, other_task, folder=tmp_path, method=name, previous=one, **still)
+    torch.testing.assert_close(logits(base, two.final), logits(base, one.final), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(base, two.final), logits(base), atol=1e-4)
+
+
+def test_stages_stack_to_the_sum_of_their_changes(base, other_task, first, tmp_path):
+    from peft import PeftModel
+
+    two = fine_tune(base, other_task, folder=tmp_path, method="fresh_lora", previous=first("fresh_lora"), **OPTIONS)
+    hf_model, _, _ = load_hf(base, dtype=torch.float32)
+    name = next(k for k, _ in hf_model.named_modules() if k.endswith("q_proj"))
+    before = hf_model.get_submodule(name).weight.detach().clone()
+    merged = PeftModel.from_pretrained(hf_model, str(two.final)).merge_and_unload()
+    change = merged.get_submodule(name).weight.detach() - before
+    a, b = (adapter_weights(two.final)[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    one = adapter_weights(first("fresh_lora").final)
+    earlier = 2 * one[f"base_model.model.{name}.lora_B.weight"] @ one[f"base_model.model.{name}.lora_A.weight"]
+    torch.testing.assert_close(change, earlier + b[:, 8:] @ a[8:], atol=1e-6, rtol=1e-4)
+
+
+def test_averaging_is_the_mean_of_the_models_before_and_after(base, task, first, tmp_path):
+    half = fine_tune(base, task, folder=tmp_path, method=Averaging(0.5), **OPTIONS)
+    whole = first("fresh_lora")  # the same run but for the averaging
+    one, two = adapter_weights(half.final), adapter_weights(whole.final)
+    assert all(torch.equal(value * (0.5 if "lora_B" in key else 1), one[key]) for key, value in two.items())
+
+
+def test_fisher_information_is_the_mean_squared_gradient_of_each_answer(base, task, first):
+    run = first("ewc")
+    kept, _ = read_tensors(run.folder / "memory" / "fisher.safetensors", kind="fisher information")
+    from peft import PeftModel
+
+    hf_model, tokenizer, _ = load_hf(base, dtype=torch.float32)
+    backend = tokenizing_backend(hf_model, tokenizer, "x")
+    model = PeftModel.from_pretrained(hf_model, str(run.final), is_trainable=True).eval()
+    rows = answer_dataset(backend, build_prompts(task, n=6, instruction=True))
+    weights = {k: v for k, v in model.named_parameters() if v.requires_grad}
+    total = {k: torch.zeros_like(v) for k, v in weights.items()}
+    for row in rows:
+        model.zero_grad()
+        chances = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        answer = [(i, t) for i, t in enumerate(row["labels"]) if t != -100]
+        sum(chances[i - 1, t] for i, t in answer).backward()
+        for key, weight in weights.items():
+            total[key] += weight.grad.square() / len(rows)
+    for key, weight in weights.items():
+        torch.testing.assert_close(kept[f"fisher/{key}"], total[key], rtol=1e-3, atol=1e-9)
+        assert torch.equal(kept[f"weight/{key}"], weight)
+
+
+def test_ewc_adds_its_penalty_once_and_holds_the_weights(base, other_task, first, tmp_path):
+    one = first("ewc")
+    kept, _ = read_tensors(one.folder / "memory" / "fisher.safetensors")
+
+    def moved(run):
+        now = adapter_weights(run.final)
+        return sum(
+            (kept[f"fisher/{k}"] * (now[k.replace(".default", "")] - kept[f"weight/{k}"]).square()).sum().item()
+            for k in (key.removeprefix("fisher/") for key in kept if key.startswith("fisher/"))
+        )
+
+    runs = {}
+    for name, strength in {"none": 0.0, "some": 1e2, "much": 1e8}.items():
+        options = {**OPTIONS, "method": EWC(strength, 6), "previous": one}
+        runs[name] = fine_tune(base, other_task, folder=tmp_path / name, **options)
+    assert moved(runs["much"]) < 0.5 * moved(runs["none"])
+    log = runs["some"].log
+    assert log[0]["penalty"] == 0 and log[1]["penalty"] > 0
+    again, _ = read_tensors(runs["some"].folder / "memory" / "fisher.safetensors")
+    assert all((again[k] >= kept[k]).all() for k in kept if k.startswith("fisher/"))  # summed over stages
+
+
+@pytest.mark.parametrize("name", ["o_lora", "ewc"])
+def test_a_penalty_counts_once_whatever_is_accumulated(base, task, other_task, tmp_path, name):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")  # no dropout
+    method = OLoRA(5.0) if name == "o_lora" else EWC(1e3)
+    one = fine_tune(base, task, folder=tmp_path / "one", method=method, lora=lora, **OPTIONS)
+    ends = []
+    for parts in (1, 2):
+        options = {**OPTIONS, "batch_size": 4 // parts, "gradient_accumulation_steps": parts, "previous": one}
+        run = fine_tune(base, other_task, folder=tmp_path / f"{parts}", method=method, lora=lora, **options)
+        ends.append(adapter_weights(run.final))
+        assert run.log[-1]["penalty"] > 0.01 * run.log[-1]["loss"]
+    assert all(torch.allclose(ends[0][k], ends[1][k], atol=1e-4) for k in ends[0])
+
+
+def test_o_lora_turns_away_from_the_earlier_directions(base, other_task, first, tmp_path):
+    overlaps = {}
+    for strength in (0.0, 100.0):
+        method = OLoRA(strength)
+        options = {**OPTIONS, "steps": 12, "previous": first("o_lora")}
+        run = fine_tune(base, other_task, folder=tmp_path / str(strength), method=method, **options)
+        parts = [a for k, a in adapter_weights(run.final).items() if "lora_A" in k]
+        overlaps[strength] = sum((a[:8] @ a[8:].T).square().sum().item() for a in parts)
+    assert overlaps[100.0] < 0.3 * overlaps[0.0]
+
+
+def test_replay_mixes_earlier_examples_in_and_keeps_a_reservoir(base, task, other_task, first, tmp_path):
+    one = first("replay")
+    buffer = read_json(one.folder / "memory" / "buffer.json", "replay buffer")
+    assert buffer["seen"] == len(buffer["rows"]) == 6 and {row["task"] for row in buffer["rows"]} == {task.name}
+    two = fine_tune(base, other_task, folder=tmp_path, method=Replay(share=0.5, size=8), previous=one, **OPTIONS)
+    after = read_json(two.folder / "memory" / "buffer.json", "replay buffer")
+    assert after["seen"] == 12 and len(after["rows"]) == 8
+    assert {row["task"] for row in after["rows"]} == {task.name, other_task.name}
+
+
+def test_replayed_rows_take_the_place_of_new_ones(base, other_task, first, tokenizer, tmp_path):
+    from ivlens.training.methods import Stage
+
+    hf_model, tokenizer, _ = load_hf(base, dtype=torch.float32)
+    rows = answer_dataset(
+        tokenizing_backend(hf_model, tokenizer, "x"), build_prompts(other_task, n=8, instruction=True)
+    )
+    stage = Stage(hf_model, tokenizer, rows, None, first("replay").folder, tmp_path, seed=0)
+    mixed = Replay(share=0.25).data(stage)
+    names = [row["task"] for row in mixed]
+    assert len(mixed) == 8 and names.count(other_task.name) == 6
+
+
+def test_a_reservoir_is_a_uniform_sample():
+    counts = [0] * 20
+    for seed in range(2000):
+        rows, seen = reservoir([], 0, list(range(12)), 5, seed)
+        rows, seen = reservoir(rows, seen, list(range(12, 20)), 5, seed)
+        assert seen == 20 and len(set(rows)) == 5
+        for row in rows:
+            counts[row] += 1
+    assert all(abs(count / 2000 - 0.25) < 0.045 for count in counts)  # 4.6 standard errors
+
+
+@pytest.mark.parametrize("name", ["ewc", "replay", "o_lora", "iv", "lwf"])
+def test_an_interrupted_second_stage_goes_on_to_the_same_weights(base, other_task, first, tmp_path, name):
+    from transformers import Trainer, TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    options = {**OPTIONS, "steps": 4, "save_every": 2, "method": name, "previous": first(name)}
+    options["vectors"] = vectors_of(other_task)
+    whole = fine_tune(base, other_task, folder=tmp_path / "whole", **options)
+    original = Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Trainer,
+            "__init__",
+            lambda self, *a, callbacks=(), **k: original(self, *a, callbacks=[*callbacks, Stop()], **k),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(base, other_task, folder=tmp_path / "cut", **options)
+    half = tmp_path / "cut" / "checkpoint-4"  # one that was being written when the machine went off
+    shutil.copytree(tmp_path / "cut" / "checkpoint-2", half)
+    (half / "saved").unlink()
+    again = fine_tune(base, other_task, folder=tmp_path / "cut", **options)
+    one, two = (load_file(r.final / "adapter_model.safetensors") for r in (whole, again))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_bad_input(base, task, other_task, first, tmp_path):
+    with pytest.raises(ValueError, match="method='ewcc' is unknown; did you mean 'ewc'"):
+        as_method("ewcc")
+    with pytest.raises(ValueError, match="kept nothing for EWC"):
+        fine_tune(base, other_task, folder=tmp_path, method="ewc", previous=first("lora"), **OPTIONS)
+    with pytest.raises(ValueError, match="goes neither with previous"):
+        fine_tune(base, task, folder=tmp_path, method="o_lora", lora=False, **OPTIONS)
+    with pytest.raises(ValueError, match="guided training needs vectors"):
+        fine_tune(base, task, folder=tmp_path, method="iv", **OPTIONS)
+    with pytest.raises(FileNotFoundError, match="holds no finished training run"):
+        fine_tune(base, task, folder=tmp_path / "x", previous=tmp_path / "nothing", **OPTIONS)
+    for make in (
+        lambda: EWC(-1.0),
+        lambda: Replay(1.5),
+        lambda: OLoRA(-1.0),
+        lambda: Averaging(0.0),
+        lambda: LwF(-1.0),
+    ):
+        with pytest.raises(ValueError):
+            make()
+    with pytest.raises(ValueError, match="guidance='papr' is unknown"):
+        Guided("papr")
+
+
+def test_training_does_not_depend_on_global_random_state(base, task, first, tmp_path):
+    random.seed(5)
+    torch.manual_seed(77)
+    again = fine_tune(base, task, folder=tmp_path, method="ewc", **OPTIONS)
+    one, two = (load_file(r.final / "adapter_model.safetensors") for r in (first("ewc"), again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
