@@ -16,7 +16,9 @@ from ivlens.models.backends import Backend
 from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
 from ivlens.steering import Injection
 
-__all__ = ["Completions", "complete"]
+__all__ = ["Completions", "choose", "complete"]
+
+LEAST_SHARED = 8  # tokens; below, reading a common beginning apart isn't worth a forward pass
 
 
 @dataclass
@@ -42,27 +44,25 @@ def complete(
     """Decode and score every prompt under every injection.
 
     A vector at the last prompt token leaves the keys and values before it alone, so these are computed once per prompt and
-    forked for each injection (unless it acts on all positions).
+    forked for each injection (unless it acts on all positions). What all prompts begin with is read once.
 
     Parameters
     ----------
     max_new_tokens
         How far to decode; None scores the prompts' answers only.
     """
-    hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
+    reader = _Reader(backend, rows)
+    for index, tokens, mask in _batches(backend, rows, batch_size):
         batch = [rows[i] for i in index]
-        tokens, mask = pad_left([r.prompt for r in batch], batch[0].prompt[0], backend.device)
-        # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
-        plain = None if hooked else _read(backend, tokens, mask)
+        plain = reader.read(tokens, mask)
         for name, injection in injections.items():
-            everywhere = injection is not None and injection.positions == "all" and not hooked
-            cache = _read(backend, tokens, mask, injection) if everywhere else plain
+            everywhere = injection is not None and injection.positions == "all"
+            cache = reader.read(tokens, mask, injection) if everywhere else plain
             if batch[0].answer:
-                first, log_probability = _score(_Run(backend, tokens, mask, cache, injection), batch)
+                first, log_probability = _score(
+                    _Run(backend, tokens, mask, cache, injection), [r.answer for r in batch]
+                )
                 for i, f, lp in zip(index, first, log_probability):
                     done[name].first_token[i], done[name].log_probability[i] = f, lp
             if max_new_tokens:
@@ -74,14 +74,76 @@ def complete(
     return done
 
 
-def _read(backend: Backend, tokens: Tensor, mask: Tensor, injection: Injection | None = None) -> Any:
-    """Keys and values of all but the last prompt token (None for prompts of one token)."""
-    if tokens.shape[1] == 1:
-        return None
-    cache = backend.new_cache(tokens.shape[0])
-    with _injected(backend, injection, slice(None)):
-        backend.forward(tokens[:, :-1], mask[:, :-1], cache=cache)
-    return cache
+@torch.inference_mode()
+def choose(
+    backend: Backend,
+    rows: Sequence[TokenizedPrompt],
+    choices: Sequence[Sequence[tuple[int, ...]]],
+    *,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """Log-probability (nats) of each of a prompt's choices as its answer, the prompt read once for all of them."""
+    found: list[list[float]] = [[] for _ in rows]
+    reader = _Reader(backend, rows)
+    for index, tokens, mask in _batches(backend, rows, batch_size):
+        cache = reader.read(tokens, mask)
+        for k in range(max(len(choices[i]) for i in index)):
+            # Where a prompt has fewer choices, its last one runs along and isn't counted.
+            answers = [choices[i][min(k, len(choices[i]) - 1)] for i in index]
+            _, log_probability = _score(_Run(backend, tokens, mask, cache, None), answers)
+            for i, lp in zip(index, log_probability):
+                found[i] += [lp] if k < len(choices[i]) else []
+    return found
+
+
+def _batches(
+    backend: Backend, rows: Sequence[TokenizedPrompt], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Prompts of like length together: their numbers, tokens padded on the left, and mask."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        yield index, *pad_left([rows[i].prompt for i in index], rows[index[0]].prompt[0], backend.device)
+
+
+class _Reader:
+    """Reads prompts up to their last token; what all of them begin with, such as the same demonstrations, only once."""
+
+    def __init__(self, backend: Backend, rows: Sequence[TokenizedPrompt]):
+        self.backend = backend
+        # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
+        self.hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
+        self.beginning = _common_beginning([r.prompt[:-1] for r in rows]) if len(rows) > 1 else ()
+        self.caches: dict[int | None, Any] = {}
+
+    def read(self, tokens: Tensor, mask: Tensor, injection: Injection | None = None) -> Any:
+        """Keys and values of all but the last prompt token (None for prompts of one token, and under others' hooks)."""
+        if tokens.shape[1] == 1 or self.hooked:
+            return None
+        n = len(self.beginning)
+        if n < LEAST_SHARED:
+            n, cache = 0, self.backend.new_cache(tokens.shape[0])
+        else:
+            cache = self.backend.spread_cache(self._cache_of_beginning(injection), mask[:, :n])
+        if tokens.shape[1] - 1 > n:
+            with _injected(self.backend, injection, slice(None)):
+                self.backend.forward(tokens[:, n:-1], mask[:, :-1], cache=cache)
+        return cache
+
+    def _cache_of_beginning(self, injection: Injection | None) -> Any:
+        key = None if injection is None else id(injection)
+        if key not in self.caches:
+            self.caches[key] = self.backend.new_cache(1)
+            tokens = torch.tensor([self.beginning], device=self.backend.device)
+            with _injected(self.backend, injection, slice(None)):
+                self.backend.forward(tokens, torch.ones_like(tokens), cache=self.caches[key])
+        return self.caches[key]
+
+
+def _common_beginning(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    low, high = min(rows), max(rows)  # whatever these two share, in this order all between them share
+    n = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    return low[:n]
 
 
 @contextmanager
@@ -136,9 +198,9 @@ class _Run:
             return self.backend.forward(fed, mask, cache=self.cache, keep=length)
 
 
-def _score(run: _Run, batch: Sequence[TokenizedPrompt]) -> tuple[list[float], list[float]]:
+def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], list[float]]:
     """First-token hit and log-probability of each answer, teacher-forced."""
-    answers, counted = fill_right([r.answer for r in batch], run.fed.device)
+    answers, counted = fill_right(given, run.fed.device)
     logits = run.along(answers).float()
     first = (logits[:, 0].argmax(-1) == answers[:, 0]).float().tolist()
     per_token = logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)

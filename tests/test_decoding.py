@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivlens.decoding import complete
+from ivlens.decoding import choose, complete
 from ivlens.models import backend_of
 from ivlens.prompts import TokenizedPrompt
 from ivlens.steering import Injection
@@ -136,3 +136,42 @@ def test_no_hooks_are_left_and_the_prompts_are_read_once_for_all_injections(mode
     complete(backend, rows_of(9, 9), injections, max_new_tokens=2, stop=None)
     assert [w for w in widths if w > 3] == [8, 8], "once for all, once more for the one that acts on every position"
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def with_beginning(rows, n=12):
+    """The same rows behind a common beginning, one of them with nothing but it and a token."""
+    beginning = tuple(tiny.tokens(n)[0].tolist())
+    return [TokenizedPrompt((*beginning, *row.prompt), row.answer) for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_common_beginning_read_once_changes_nothing(load, injections, name, monkeypatch):
+    model, backend = load(name), backend_of(load(name))
+    rows = with_beginning(rows_of(9, 1, 6, 13))
+    fed = []
+    forward = type(backend).forward
+    monkeypatch.setattr(
+        type(backend), "forward", lambda self, t, *a, **k: (fed.append(t.numel()), forward(self, t, *a, **k))[1]
+    )
+    done = complete(backend, rows, {"none": None}, batch_size=2)
+    assert sum(fed) < 0.8 * sum(len(row.prompt) for row in rows), "the beginning was read for every prompt"
+    done = complete(backend, rows, injections, max_new_tokens=4, stop=None, batch_size=3)
+    for condition, injection in injections.items():
+        for i, row in enumerate(rows):
+            chances = slow_logits(model, row, row.answer[:-1], injection).log_softmax(-1)
+            expected = sum(chances[j, token].item() for j, token in enumerate(row.answer))
+            assert done[condition].log_probability[i] == pytest.approx(expected, abs=3e-4), (condition, i)
+            assert done[condition].texts[i] == slow_greedy(model, row, 4, injection, {model.tokenizer.eos_token_id})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "bloom"])
+def test_choices_are_scored_as_by_full_forward_passes(load, name):
+    model, backend = load(name), backend_of(load(name))
+    choices = [[(7, 8, 9), (4,)], [(5, 6), (7,), (8, 9)], [(3,), (4, 5)], [(11, 12), (13,)]]
+    for rows in (rows_of(9, 1, 6, 13), with_beginning(rows_of(9, 1, 6, 13))):
+        found = choose(backend, rows, choices, batch_size=3)
+        for row, options, values in zip(rows, choices, found):
+            assert len(values) == len(options)
+            for option, value in zip(options, values):
+                chances = slow_logits(model, row, option[:-1], None).log_softmax(-1)
+                assert value == pytest.approx(sum(chances[j, t].item() for j, t in enumerate(option)), abs=3e-4)

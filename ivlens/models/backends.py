@@ -117,6 +117,10 @@ class Backend(ABC):
         """An empty key-value cache."""
 
     @abstractmethod
+    def spread_cache(self, cache: Any, attention_mask: Int[Tensor, "batch pos"]) -> Any:
+        """A cache of batch 1, for the rows of a batch padded on the left, each of which begins with these tokens."""
+
+    @abstractmethod
     def forward(
         self,
         tokens: Int[Tensor, "batch new"],

@@ -42,6 +42,12 @@ class BridgeBackend(Backend):
     def new_cache(self, batch: int) -> Any:
         return _prefix_cache()
 
+    def spread_cache(self, cache, attention_mask):
+        spread, index = _prefix_cache(), position_ids(attention_mask)
+        for layer, entry in enumerate(cache.layers):
+            spread.update(*(x[0][:, index].transpose(0, 1) for x in (entry.keys, entry.values)), layer)
+        return spread
+
     def _call(self, keep: Tensor | int, **inputs: Any) -> Tensor:
         """Logits at `keep` positions: a number of last positions, or an index."""
         parameters = inspect.signature(self.hf_model.forward).parameters

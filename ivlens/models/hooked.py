@@ -11,7 +11,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ivlens.models.backends import Backend, Prefix, append_copies, block_mask
+from ivlens.models.backends import Backend, Prefix, append_copies, block_mask, position_ids
 
 __all__ = ["HookedBackend"]
 
@@ -21,6 +21,13 @@ class HookedBackend(Backend):
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, batch)
+
+    def spread_cache(self, cache, attention_mask):
+        spread, index = self.new_cache(len(attention_mask)), position_ids(attention_mask)
+        for entry, known in zip(spread.entries, cache.entries):
+            entry.past_keys, entry.past_values = known.past_keys[0][index], known.past_values[0][index]
+        spread.previous_attention_mask = attention_mask
+        return spread
 
     def forward(self, tokens, attention_mask, *, cache=None, keep=1):
         resid = self.model(

@@ -76,10 +76,10 @@ class TrainingRun:
     def __repr__(self) -> str:
         s = self.settings
         losses = [f"{self.log[i]['loss']:.3f}" for i in (0, -1)] if self.log else ["?", "?"]
-        kept = len(self.checkpoints)
+        kept, weights = len(self.checkpoints), "" if s["weights"] == "LoRA" else f" on {s['weights']}"
         return (
-            f"TrainingRun({', '.join(s['tasks'])} on {s['base']}, {s['method']} on {s['weights']}, {s['steps']} steps of {s['batch_size']}, "
-            f"loss {losses[0]} → {losses[1]}, {kept} checkpoint{'s' if kept > 1 else ''} in {self.folder})"
+            f"TrainingRun({', '.join(s['tasks'])} on {s['base']}, {s['method']}{weights}, {s['steps']} steps of "
+            f"{s['batch_size']}, loss {losses[0]} → {losses[1]}, {kept} checkpoint{'s' if kept > 1 else ''} in {self.folder})"
         )
 
 

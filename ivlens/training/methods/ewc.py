@@ -77,7 +77,7 @@ def fisher_information(model: Any, rows: Any) -> dict[str, Tensor]:
             tokens, labels = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "labels"))
             # The sum over the answer's tokens, not their mean: the whole answer is one observation.
             loss = lm_loss(model(input_ids=tokens).logits, labels, count=1)
-            for (name, value), gradient in zip(total.items(), torch.autograd.grad(loss, list(weights.values()))):
+            for value, gradient in zip(total.values(), torch.autograd.grad(loss, list(weights.values()))):
                 value += gradient.float().square().cpu()
     finally:
         model.train(training)

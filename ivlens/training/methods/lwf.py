@@ -35,7 +35,7 @@ class LwF(Method):
         return Guidance(progressive=False, kl=(KL(weight=self.weight, temperature=self.temperature),))
 
     def __post_init__(self) -> None:
-        self.guidance  # raises where an option is out of range
+        KL(weight=self.weight, temperature=self.temperature)  # raises where an option is out of range
 
     def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
         from ivlens.training.trainer import IVTrainer
