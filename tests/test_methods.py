@@ -64,7 +64,7 @@ def test_a_second_stage_goes_on_from_the_first(base, task, other_task, first, tm
     rank = json.loads((two.final / "adapter_config.json").read_text())["r"]
     assert rank == (16 if METHODS[name].fresh else 8)
     assert (two.folder / "memory").is_dir() == METHODS[name].keeps
-    assert two.cost["trained"] > 0 and (two.cost["kept_mb"] > 0) == METHODS[name].keeps
+    assert two.cost["trainable"] > 0 and (two.cost["kept_mb"] > 0) == METHODS[name].keeps
 
 
 @pytest.mark.parametrize("name", ["fresh_lora", "o_lora"])

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["adapter_distance", "adapter_weights", "add_adapter", "is_adapter", "record_base", "stack_adapters"]
+__all__ = [
+    "adapter_distance",
+    "adapter_weights",
+    "add_adapter",
+    "freeze_adapter",
+    "is_adapter",
+    "record_base",
+    "stack_adapters",
+]
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "ivlens.json"
 
@@ -77,6 +85,18 @@ def add_adapter(
         raise ValueError(
             f"the adapter {path} doesn't fit {label} ({reason}); load it with the base it was trained on"
         ) from error
+
+
+def freeze_adapter(peft_model: Any, name: str) -> None:
+    """Keep an adapter as it is while another one is trained: no gradient, and no dropout."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_dropout:
+            module.lora_dropout[name] = torch.nn.Identity()
+    for path, weight in peft_model.named_parameters():
+        if name in path.split("."):
+            weight.requires_grad_(False)
 
 
 @torch.inference_mode()

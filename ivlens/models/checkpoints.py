@@ -41,7 +41,9 @@ class Checkpoint:
     distance: Callable[[Any], float]
 
 
-def open_checkpoints(base: Any, checkpoints: Sequence[Any]) -> tuple[list[Checkpoint], dict[str, str]]:
+def open_checkpoints(
+    base: Any, checkpoints: Sequence[Any], *, dtype: torch.dtype | None = None
+) -> tuple[list[Checkpoint], dict[str, str]]:
     """The base first, then every checkpoint; and the ones that can't be opened, with the reason.
 
     Parameters
@@ -50,6 +52,8 @@ def open_checkpoints(base: Any, checkpoints: Sequence[Any]) -> tuple[list[Checkp
         A name or folder as for `load_model`, or a hooked model.
     checkpoints
         Adapter folders, folders of `fine_tune` (all their checkpoints), model names or folders, or hooked models.
+    dtype
+        Of the base under adapters; default as for `load_model`.
 
     Raises
     ------
@@ -71,7 +75,7 @@ def open_checkpoints(base: Any, checkpoints: Sequence[Any]) -> tuple[list[Checkp
     whole = {label: entry for label, entry in labelled.items() if label not in broken}
     adapters = {label: entry for label, entry in whole.items() if is_adapter(entry)}
     if adapters:
-        start, opened = _with_adapters(base, adapters)
+        start, opened = _with_adapters(base, adapters, dtype)
     else:
         model = load_model(base) if isinstance(base, (str, Path)) else base
         start, opened = Checkpoint("base", 0, lambda: nullcontext(model), lambda _: 0.0), {}
@@ -145,19 +149,22 @@ def _step(entry: Any) -> int | None:
     return int(number) if name.startswith("checkpoint-") and number.isdigit() else None
 
 
-def _with_adapters(base: Any, adapters: Mapping[str, str | Path]) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+def _with_adapters(
+    base: Any, adapters: Mapping[str, str | Path], dtype: torch.dtype | None
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """All adapters on one base model, loaded before it is hooked: afterwards peft no longer finds its modules."""
     if not isinstance(base, (str, Path)):
         raise ValueError(
             "adapters can't be put on a model that is hooked already; pass the base model's name or folder instead"
         )
-    on_gpu = torch.cuda.is_available()
-    hf_model, tokenizer, name = load_hf(base, dtype=None if on_gpu else torch.float32)
+    if dtype is None and not torch.cuda.is_available():
+        dtype = torch.float32
+    hf_model, tokenizer, name = load_hf(base, dtype=dtype)
     fingerprint = weights_fingerprint(hf_model)
     slots = {label: f"checkpoint_{i}" for i, label in enumerate(adapters)}
     for label, path in adapters.items():
         hf_model = add_adapter(hf_model, path, label=name, fingerprint=fingerprint, name=slots[label])
-    peft_model, model = hf_model, load_model(hf_model, backend="bridge", tokenizer=tokenizer)
+    peft_model, model = hf_model, load_model(hf_model, backend="bridge", tokenizer=tokenizer, dtype=dtype)
     model.cfg.model_name = name
 
     @contextmanager

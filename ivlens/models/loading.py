@@ -67,7 +67,7 @@ def load_model(
         hf_model = add_adapter(hf_model, adapter, label=label, fingerprint=weights_fingerprint(hf_model))
     if device_map is None:
         hf_model = hf_model.to(device)
-    if dtype is not None:
+    if dtype is not None and hf_model.dtype != dtype:  # else adapters, which are float32 on any base, would change too
         hf_model = hf_model.to(dtype)
     hf_model.eval()
     model = _hook(hf_model, _with_path(tokenizer), label, backend, device_map is not None)
@@ -77,6 +77,14 @@ def load_model(
 
 
 # -- Hugging Face models ------------------------------------------------------------------------------------------------
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype from itself or its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype; choose float32, bfloat16 or float16")
+    return found
 
 
 def load_hf(name: Any, tokenizer: Any = None, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any, str]:

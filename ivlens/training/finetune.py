@@ -9,15 +9,16 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivlens.models.adapters import WEIGHTS, add_adapter, record_base, stack_adapters
+from ivlens.models.adapters import WEIGHTS, add_adapter, freeze_adapter, record_base, stack_adapters
 from ivlens.models.backends import weights_fingerprint
 from ivlens.models.checkpoints import FINAL
-from ivlens.models.loading import load_hf, tokenizing_backend
+from ivlens.models.loading import as_dtype, load_hf, tokenizing_backend
 from ivlens.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
@@ -50,6 +51,7 @@ def fine_tune(
     style: str = "qa",
     save_every: int | None = None,
     tokenizer: Any = None,
+    dtype: str | torch.dtype = "float32",
     seed: int = 0,
     progress: bool = True,
     **arguments: Any,
@@ -76,6 +78,9 @@ def fine_tune(
         How the prompts look; see `build_prompts`. Each example gets a wording of its own.
     save_every
         Keep a checkpoint every so many steps; None for the final one only.
+    dtype
+        Of the model's weights; adapters are trained in float32 whatever it is. With bfloat16 a step takes half the time or
+        less, and half the memory.
     arguments
         More of `transformers.TrainingArguments`: `bf16=True`, `gradient_accumulation_steps=4`, …
 
@@ -90,7 +95,7 @@ def fine_tune(
     suite, folder = as_suite(tasks), Path(folder)
     chosen = as_method(("lora" if vectors is None else "iv") if method is None else method)
     before = _previous(previous, chosen, lora)
-    hf_model, tokenizer, label = load_hf(model, tokenizer, torch.float32)
+    hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
     settings = {
         "base": label,
         "base_fingerprint": weights_fingerprint(hf_model),
@@ -103,6 +108,7 @@ def fine_tune(
         "shots": shots,
         "instruction": instruction,
         "style": style,
+        "dtype": str(as_dtype(dtype)).removeprefix("torch."),
         "seed": seed,
         **({} if vectors is None else {"vectors": _digest(vectors)}),
         **({} if before is None else {"previous": _file_digest(before / FINAL / WEIGHTS)}),
@@ -163,17 +169,20 @@ def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: b
 def _with_lora(
     hf_model: Any, lora: bool | PeftConfig, before: Path | None, fresh: bool, record: Mapping[str, str]
 ) -> Any:
-    """The model with the adapter to train: the previous one, or a new one on top of the previous one merged in."""
+    """The model with the adapter to train: the previous one, or a new one beside the previous one, which is frozen."""
     from peft import LoraConfig, get_peft_model
 
-    if before is not None:
-        hf_model = add_adapter(hf_model, before / FINAL, trainable=not fresh, **record)
-        if not fresh:
-            return hf_model
-        hf_model = hf_model.merge_and_unload()
+    if before is not None and not fresh:
+        return add_adapter(hf_model, before / FINAL, trainable=True, **record)
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM") if lora is True else lora
     model = get_peft_model(hf_model, config)  # query and value projections are peft's default where there are such
     model.peft_config["default"].base_model_name_or_path = record["label"]
+    if before is not None:
+        add_adapter(model, before / FINAL, name="previous", **record)
+        model.base_model.set_adapter(["default", "previous"])
+        freeze_adapter(model, "previous")
+        # Checkpoints are of the adapter in training, which is also the one that the Trainer loads when it goes on.
+        model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"])
     return model
 
 
@@ -266,7 +275,7 @@ def _cost(stage: Any, trainer: Any) -> dict[str, float]:
     )
     return {
         "teacher_seconds": getattr(trainer, "teacher_seconds", 0.0),
-        "trained": sum(p.numel() for p in stage.model.parameters() if p.requires_grad),
+        "trainable": sum(p.numel() for p in stage.model.parameters() if p.requires_grad),
         "kept_mb": sum(p.stat().st_size for p in kept) / 1e6,
         "peak_mb": peak / 1e6,
     }
