@@ -22,13 +22,15 @@ class Example:
     """An input and the output expected for it.
 
     `question` and `content` belong to tasks whose output is a form of the real answer, such as multiple choice: the
-    question asked plainly, and the answer's text where `output` is its letter.
+    question asked plainly, and the answer's text where `output` is its letter. `choices` are the options' texts, of which
+    `output` is one: such examples are scored by which option is likeliest.
     """
 
     input: str
     output: str
     question: str | None = None
     content: str | None = None
+    choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Task:
             What to do, in one wording or several; None takes the records' own (key `instruction`).
         columns
             Where your keys have other names: `{"input": "question", "output": "answer"}`. Optional keys are `split`
-            (train, valid, test), `instruction`, `question` and `content` (see `Example`).
+            (train, valid, test), `instruction`, `question`, `content` and `choices` (a list of texts; see `Example`).
 
         Notes
         -----
@@ -95,9 +97,9 @@ class Task:
         Raises
         ------
         ValueError
-            If there are no records, or an input or output is missing or empty.
+            If there are no records, an input or output is missing or empty, or an output is not among its choices.
         """
-        keys = ("input", "output", "split", "instruction", "question", "content")
+        keys = ("input", "output", "split", "instruction", "question", "content", "choices")
         names = {key: (columns or {}).get(key, key) for key in keys}
         told: dict[str, None] = {}
         examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
@@ -168,7 +170,7 @@ class Task:
         return cls.from_records(records, name=name, instruction=instruction, columns=columns)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per example: split, input, output, question, content."""
+        """One row per example: split, input, output, question, content, choices."""
         import pandas as pd
 
         return pd.DataFrame([{"split": split, **vars(x)} for split in SPLITS for x in self.split(split)])
@@ -192,4 +194,22 @@ def _example(record: Mapping[str, Any], names: Mapping[str, str], task: str, i: 
         str(record[names["input"]]),
         str(record[names["output"]]),
         **{k: None if v is None else str(v) for k, v in optional.items()},
+        choices=_choices(record, names, task, i),
     )
+
+
+def _choices(record: Mapping[str, Any], names: Mapping[str, str], task: str, i: int) -> tuple[str, ...] | None:
+    given = record.get(names["choices"])
+    if given is None:
+        return None
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"record {i} of task {task!r} has {names['choices']}={given!r}; give a list of the options' texts"
+        )
+    choices, output = tuple(map(str, given)), str(record[names["output"]])
+    if output not in choices:
+        raise ValueError(
+            f"record {i} of task {task!r} has the output {output!r}, which is not among its {names['choices']} {choices}; "
+            "the output must be one option's text, not its letter"
+        )
+    return choices
