@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ivlens.extraction import random_vector
 from ivlens.training.guidance import PRESETS, Guidance
 from ivlens.training.methods.method import Method, Stage
 
@@ -25,10 +26,13 @@ class Guided(Method):
         A preset's name or a `Guidance`.
     keep_teacher
         See `IVTrainer`.
+    random
+        Take a random vector of the same norm instead, at the same layer and scale: the control (our choice).
     """
 
     guidance: str | Guidance = "paper"
     keep_teacher: int | str | None = 256
+    random: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.guidance, str) and self.guidance not in PRESETS:
@@ -41,5 +45,8 @@ class Guided(Method):
 
         if stage.vectors is None:
             raise ValueError("guided training needs vectors; extract one for each task with ivl.extract_vector")
+        vectors = stage.vectors
+        if self.random:
+            vectors = {name: random_vector(vector, seed=stage.seed) for name, vector in vectors.items()}
         options = {"guidance": self.guidance, "keep_teacher": self.keep_teacher}
-        return IVTrainer(stage.model, vectors=stage.vectors, train_dataset=dataset, **options, **common)
+        return IVTrainer(stage.model, vectors=vectors, train_dataset=dataset, **options, **common)

@@ -1,0 +1,120 @@
+"""A run's options from a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ivlens.continual.general import GENERAL, load_general
+from ivlens.continual.recipes import RECIPES, load_sequence
+from ivlens.tasks.suite import TaskSuite, load_tasks
+from ivlens.tasks.task import Task
+from ivlens.training.guidance import KL, Guidance
+from ivlens.training.methods import Method, as_method
+
+__all__ = ["read_config"]
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Options of `ivl.continual.run` from a YAML file, whose keys are their names.
+
+    `sequence` is a recipe's name, a mapping (`recipe`, `folder`, `n_train`, `n_test`), or a list of built-in tasks and files;
+    `general` a list of built-in tasks, benchmarks and files, or a mapping (`tasks`, `folder`, `n`); `methods` a list, or a mapping of your
+    labels to names or to mappings (`method` and its options). Paths are relative to the file.
+
+    Raises
+    ------
+    ValueError
+        If the file isn't YAML, or a key is unknown; the message suggests near ones.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of a .yaml file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, Mapping) or "sequence" not in content:
+        raise ValueError(f"{path} names no sequence; it needs at least `sequence:` with a recipe or a list of tasks")
+    _check_keys(content, str(path))
+    options = dict(content)
+    options["sequence"] = _sequence(content["sequence"], path.parent)
+    options["general"] = _general(content.get("general") or (), path.parent)
+    if "methods" in content:
+        options["methods"] = _methods(content["methods"])
+    if isinstance(content.get("lora"), Mapping):
+        from peft import LoraConfig
+
+        options["lora"] = LoraConfig(**{"task_type": "CAUSAL_LM", **content["lora"]})
+    if isinstance(content.get("folder"), str):
+        options["folder"] = path.parent / content["folder"]
+    return options
+
+
+def _check_keys(content: Mapping[str, Any], where: str) -> None:
+    from transformers import TrainingArguments
+
+    from ivlens.continual.runner import experiment
+
+    known = [name for name in inspect.signature(experiment).parameters if name != "arguments"]
+    known += [f.name for f in fields(TrainingArguments)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?" if near else "see ivl.continual.run for what there is"
+            )
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _sequence(given: Any, folder: Path) -> TaskSuite:
+    if isinstance(given, str):
+        return load_sequence(given)
+    if isinstance(given, Mapping):
+        options = {key: value for key, value in given.items() if key not in ("recipe", "folder")}
+        return load_sequence(given["recipe"], folder / given["folder"] if "folder" in given else None, **options)
+    return TaskSuite([_task(entry, folder) for entry in given])
+
+
+def _general(given: Any, folder: Path) -> TaskSuite:
+    if isinstance(given, Mapping):
+        options = {key: value for key, value in given.items() if key not in ("tasks", "folder")}
+        return load_general(given["tasks"], folder / given["folder"] if "folder" in given else None, **options)
+    known = [name for name in given if name in GENERAL]
+    loaded = load_general(known) if known else {}
+    return TaskSuite([loaded[entry] if entry in loaded else _task(entry, folder) for entry in given])
+
+
+def _task(entry: Any, folder: Path) -> Task:
+    """A built-in task's name, a file, or a mapping of `file` with `instruction` and `name`."""
+    if isinstance(entry, Mapping):
+        options = {key: value for key, value in entry.items() if key != "file"}
+        return Task.from_file(folder / entry["file"], **options)
+    return Task.from_file(folder / entry) if "." in entry else load_tasks(entry)[entry]
+
+
+def _methods(given: Any) -> dict[str, Method]:
+    if not isinstance(given, Mapping):
+        return {name: as_method(name) for name in given}
+    return {label: as_method(x) if isinstance(x, str) else _with_options(label, x) for label, x in given.items()}
+
+
+def _with_options(label: str, given: Mapping[str, Any]) -> Method:
+    if "method" not in given:
+        raise ValueError(f"methods: {label} has no `method:`; name the one whose options these are")
+    method, options = as_method(given["method"]), {key: value for key, value in given.items() if key != "method"}
+    if isinstance(options.get("guidance"), Mapping):
+        guidance = dict(options["guidance"])
+        if "kl" in guidance:
+            guidance["kl"] = tuple(KL(**term) for term in guidance["kl"])
+        options["guidance"] = Guidance(**guidance)
+    known = [f.name for f in fields(method)]
+    if unknown := [key for key in options if key not in known]:
+        raise ValueError(f"methods: {label} has no option {unknown[0]!r}; choose from {', '.join(known) or 'none'}")
+    return replace(method, **options)

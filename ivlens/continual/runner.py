@@ -1,0 +1,257 @@
+"""`run`: tasks one after the other, by several methods and seeds; every stage kept, so that nothing is done twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from ivlens.continual.experiment import Experiment, Stop
+from ivlens.continual.results import ContinualResults
+from ivlens.continual.scoring import Scoring, score_task, scored_prompts
+from ivlens.models.backends import backend_of
+from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
+from ivlens.models.loading import load_model
+from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
+from ivlens.tasks.task import Task
+from ivlens.training.finetune import fine_tune
+from ivlens.training.methods import Guided, Method, as_method
+from ivlens.training.run import TrainingRun
+from ivlens.vectors import InstructionVector
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from ivlens.continual.plan import Plan
+
+__all__ = ["experiment", "run"]
+
+
+def experiment(
+    sequence: str | Iterable[Task] | Mapping[str, Task],
+    *,
+    folder: str | Path,
+    methods: Sequence[str | Method] | Mapping[str, str | Method] = ("lora", "iv"),
+    model: str | Path = "smollm2",
+    general: Iterable[str] | Iterable[Task] | Mapping[str, Task] = (),
+    seeds: Sequence[int] = (0,),
+    steps: int = 100,
+    batch_size: int = 8,
+    learning_rate: float = 1e-4,
+    lora: bool | PeftConfig = True,
+    shots: int = 0,
+    instruction: bool | str | int = True,
+    style: str = "qa",
+    dtype: str = "float32",
+    save_every: int | None = 25,
+    n_prompts: int = 100,
+    split: str = "test",
+    metric: str = "auto",
+    general_shots: Sequence[int] = (0, 5),
+    heads_per_vector: int = 10,
+    vector_shots: int = 5,
+    similarity: bool = True,
+    **arguments: Any,
+) -> Experiment:
+    """What `run` would run; see there."""
+    from ivlens.continual.recipes import load_sequence
+
+    if not isinstance(model, (str, Path)):
+        raise ValueError("every stage begins with the base model, so pass its name or folder, not a model object")
+    if not isinstance(methods, Mapping):
+        methods = {m if isinstance(m, str) else repr(m): m for m in methods}
+    training = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lora": lora,
+        "shots": shots,
+        "instruction": instruction,
+        "style": style,
+        "dtype": dtype,
+        "save_every": save_every,
+        **arguments,
+    }
+    scoring = Scoring(n_prompts, split, metric, tuple(general_shots))
+    return Experiment(
+        str(model),
+        load_sequence(sequence) if isinstance(sequence, str) else as_suite(sequence),
+        _general(general),
+        {label: as_method(method) for label, method in methods.items()},
+        tuple(seeds),
+        Path(folder),
+        training,
+        scoring,
+        heads_per_vector,
+        vector_shots,
+        similarity,
+    )
+
+
+def run(
+    sequence: str | Iterable[Task] | Mapping[str, Task],
+    *,
+    folder: str | Path,
+    progress: bool = True,
+    dry_run: bool = False,
+    **options: Any,
+) -> ContinualResults | Plan:
+    """Fine-tune on tasks one after the other and score trained and general tasks after each (TRACE; FVG).
+
+    Parameters
+    ----------
+    sequence
+        Tasks in order, or the name of a recipe (see `ivlens.continual.RECIPES`; for one in a folder, `load_sequence`).
+    folder
+        Where every (method, seed, stage) is kept. Called again, an interrupted run goes on where it was, methods and seeds can
+        be added, and nothing finished is repeated.
+    dry_run
+        Only say what is to be done and about how long it takes.
+    methods
+        Names in `ivlens.training.METHODS`, `Method`s, or a mapping of your labels to either.
+    model
+        A name or folder as for `load_model`.
+    general
+        Tasks that are not trained on: names of built-in tasks, or tasks (see `load_general`).
+    seeds
+        Each trains every method once, on the same examples.
+    steps, batch_size, learning_rate, lora, shots, instruction, style, dtype, save_every, arguments
+        Of every stage; see `fine_tune`. Models are scored in the same dtype.
+    n_prompts, split, metric, general_shots
+        How scores are taken; see `Scoring`. Prompts are the same for all models, and have one wording and one set of
+        demonstrations, which is read once.
+    heads_per_vector, vector_shots, similarity
+        See `Experiment`.
+
+    Raises
+    ------
+    ValueError
+        If a method or task is unknown, a task both trained on and general, or the folder holds another experiment.
+    """
+    what = experiment(sequence, folder=folder, **options)
+    if dry_run:
+        from ivlens.continual.plan import plan
+
+        return plan(what)
+    what.settle()
+    vectors: dict[str, InstructionVector] = {}
+    if what.similarity or any(isinstance(method, Guided) for method in what.methods.values()):
+        from ivlens.continual.vectors import base_vectors
+
+        vectors = base_vectors(load_model(what.model, backend="bridge", dtype=what.dtype), what, progress=progress)
+    base = what.scores(what.folder / "base") or _score_base(what)
+    stages = []
+    with tqdm(total=len(list(what.stops())), desc="stages", disable=not progress) as bar:
+        previous: TrainingRun | None = None
+        for stop in what.stops():
+            bar.set_postfix_str(str(stop))
+            previous = None if stop.number == 1 else previous
+            found = what.scores(stop.folder) if stop.trained else None
+            if found is None:
+                previous = _train(what, stop, vectors, previous, progress)
+                found = _score(what, stop, previous, vectors)
+            else:
+                previous = TrainingRun.load(stop.folder)
+            stages.append((stop, previous, found))
+            bar.update()
+    return _results(what, base, stages)
+
+
+def _general(general: Any) -> TaskSuite:
+    tasks = list(general.values()) if isinstance(general, Mapping) else list(general)
+    return TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in tasks])
+
+
+def _train(
+    what: Experiment,
+    stop: Stop,
+    vectors: dict[str, InstructionVector],
+    previous: TrainingRun | None,
+    progress: bool,
+) -> TrainingRun:
+    guide = {stop.task: vectors[stop.task]} if isinstance(stop.method, Guided) else None
+    done = fine_tune(
+        what.model,
+        what.sequence[stop.task],
+        folder=stop.folder,
+        method=stop.method,
+        vectors=guide,
+        previous=previous,
+        seed=stop.seed,
+        progress=progress,
+        **what.training,
+    )
+    for checkpoint in checkpoints_in(stop.folder):  # they were for going on after an interruption
+        shutil.rmtree(checkpoint)
+    return done
+
+
+def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str, InstructionVector]) -> dict[str, Any]:
+    checkpoint = open_checkpoints(what.model, [trained.final], dtype=what.dtype)[0][1]
+    with checkpoint.use() as model:
+        found: dict[str, Any] = {"scores": _scores(what, model)}
+        if what.similarity:
+            from ivlens.continual.vectors import similarities
+
+            found["similarity"] = similarities(model, what, vectors)
+    what.keep_scores(stop.folder, found)
+    return found
+
+
+def _score_base(what: Experiment) -> dict[str, Any]:
+    found = {"scores": _scores(what, load_model(what.model, backend="bridge", dtype=what.dtype))}
+    what.keep_scores(what.folder / "base", found)
+    return found
+
+
+def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
+    """Every task under every number of demonstrations: trained tasks asked as in training, general ones with an instruction."""
+    style, backend = what.training["style"], backend_of(model)
+    asked = {"shots": what.training["shots"], "instruction": what.training["instruction"]}
+    looks = [("trained", task, asked) for task in what.sequence.values()]
+    looks += [
+        ("general", task, {"shots": shots, "instruction": True})
+        for task in what.general.values()
+        for shots in what.scoring.general_shots
+    ]
+    found = []
+    for kind, task, look in looks:
+        prompts = scored_prompts(task, what.scoring, style=style, **look)
+        values = score_task(backend, task, prompts, what.scoring)
+        found.append({"task": task.name, "kind": kind, "shots": look["shots"], "scores": values})
+    return found
+
+
+def _results(
+    what: Experiment, base: dict[str, Any], stages: list[tuple[Stop, TrainingRun, dict[str, Any]]]
+) -> ContinualResults:
+    import pandas as pd
+
+    def rows(method: str, seed: int, stage: int, found: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        for part in found["scores"]:
+            about = {"method": method, "seed": seed, "stage": stage, **{k: part[k] for k in ("task", "kind", "shots")}}
+            yield from ({**about, "prompt": i, "score": value} for i, value in enumerate(part["scores"]))
+
+    scores = [*rows("base", 0, 0, base)]
+    similarity, costs = [], []
+    for stop, trained, found in stages:
+        at = {"method": stop.label, "seed": stop.seed, "stage": stop.number}
+        scores += rows(*at.values(), found)
+        similarity += [{**at, "task": t, "similarity": value} for t, value in found.get("similarity", {}).items()]
+        costs.append({**at, **trained.cost})
+    metadata = {
+        "model": what.model,
+        "sequence": what.sequence.names,
+        "general": what.general.names,
+        "methods": {label: repr(method) for label, method in what.methods.items()},
+        **{
+            key: value if isinstance(value, (int, float, str, bool)) else repr(value)
+            for key, value in what.training.items()
+        },
+        "n_prompts": what.scoring.n_prompts,
+        "split": what.scoring.split,
+    }
+    return ContinualResults(pd.DataFrame(scores), pd.DataFrame(similarity), pd.DataFrame(costs), metadata)

@@ -1,0 +1,103 @@
+"""Scores of tasks on fixed prompts, which share their demonstrations so that these are read once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ivlens.decoding import choose, complete
+from ivlens.models.backends import Backend
+from ivlens.prompts import Prompt, build_prompts, tokenize
+from ivlens.tasks.task import Task
+
+__all__ = ["METRICS", "Scoring", "free_text", "score_task", "scored_prompts"]
+
+METRICS = ("auto", "exact_match", "rouge_l")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How tasks are scored.
+
+    Attributes
+    ----------
+    n_prompts
+        Prompts per task; fewer where the split has fewer.
+    split
+        `test`, or `valid` while options are chosen.
+    metric
+        `exact_match` of the greedily generated answer, `rouge_l` (F1), or `auto`: ROUGE-L where answers are free text. Multiple
+        choice is always scored by which option is likeliest per character.
+    general_shots
+        Demonstrations for general tasks: each number gives a score of its own (0: GP, 5: IP of FVG).
+    """
+
+    n_prompts: int = 100
+    split: str = "test"
+    metric: str = "auto"
+    general_shots: tuple[int, ...] = (0, 5)
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric={self.metric!r} is unknown; choose one of {', '.join(METRICS)}")
+        if self.n_prompts < 1 or any(shots < 0 for shots in self.general_shots):
+            raise ValueError(
+                f"n_prompts={self.n_prompts} must be at least 1 and general_shots={self.general_shots} 0 or more"
+            )
+
+
+def scored_prompts(
+    task: Task, scoring: Scoring, *, shots: int, instruction: bool | str | int, style: str
+) -> list[Prompt]:
+    """Prompts with one wording of the instruction and the same demonstrations in all of them."""
+    n = min(scoring.n_prompts, len(task.split(scoring.split)))
+    options: dict[str, Any] = {"style": style, "split": scoring.split, "seed": scoring.seed}
+    prompts = build_prompts(task, n=n or None, instruction=0 if instruction is True else instruction, **options)
+    if not shots:
+        return prompts
+    if len(task.train) < shots:
+        raise ValueError(f"task {task.name!r} has {len(task.train)} training examples, too few for shots={shots}")
+    shown = tuple(random.Random(f"{scoring.seed}/{task.name}").sample(task.train, shots))
+    return [replace(prompt, demonstrations=shown) for prompt in prompts]
+
+
+def free_text(task: Task) -> bool:
+    """Whether answers are of more than five words on average, and so not to be matched exactly (our choice)."""
+    answers = [x.output.split() for x in (*task.train, *task.test)[:200]]
+    return sum(map(len, answers)) / len(answers) > 5
+
+
+def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Scoring) -> list[float]:
+    """One score between 0 and 1 per prompt."""
+    rows = tokenize(backend, prompts)
+    if all(prompt.query.choices for prompt in prompts):
+        return _choice_hits(backend, prompts, rows, scoring.batch_size)
+    # An answer of several lines ends where the model says so; of one line, at its end.
+    stop = None if any("\n" in prompt.query.output.strip() for prompt in prompts) else prompts[0].stop
+    room = max(len(row.answer) for row in rows) + 1
+    options: dict[str, Any] = {"max_new_tokens": room, "stop": stop, "batch_size": scoring.batch_size}
+    texts = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, **options)[""].texts
+    pairs = [(prompt.query.output.strip(), text.strip()) for prompt, text in zip(prompts, texts)]
+    if scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task)):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(["rougeL"])
+        return [scorer.score(answer, text)["rougeL"].fmeasure for answer, text in pairs]
+    return [float(answer == text) for answer, text in pairs]
+
+
+def _choice_hits(backend: Backend, prompts: list[Prompt], rows: Iterable[Any], batch_size: int) -> list[float]:
+    options = [[replace(p, query=replace(p.query, output=choice)) for choice in p.query.choices or ()] for p in prompts]
+    flat = iter(tokenize(backend, [prompt for each in options for prompt in each]))
+    answers = [[next(flat).answer for _ in each] for each in options]
+    hits = []
+    for prompt, values in zip(prompts, choose(backend, list(rows), answers, batch_size=batch_size)):
+        choices = prompt.query.choices or ()
+        # Per character, so that a long option isn't unlikely for its length alone.
+        best = max(range(len(choices)), key=lambda k: values[k] / len(choices[k]))
+        hits.append(float(choices[best] == prompt.query.output))
+    return hits

@@ -1,0 +1,276 @@
+"""Sequences of tasks: what is trained, scored and kept; interrupted, killed and resumed; plans and configs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+import ivlens as ivl
+from ivlens.continual import experiment as experiments
+from ivlens.continual import read_config, run, runner
+from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
+from ivlens.models.backends import backend_of
+from ivlens.prompts import tokenize
+from ivlens.training.methods import EWC, Guided
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+OPTIONS = {
+    "steps": 2,
+    "batch_size": 2,
+    "learning_rate": 1e-2,
+    "n_prompts": 6,
+    "general_shots": (0, 2),
+    "vector_shots": 2,
+    "heads_per_vector": 2,
+    "save_every": 1,
+    "progress": False,
+}
+
+
+def adding(n, name):
+    records = [{"input": f"{i} plus {n}", "output": str(i + n)} for i in range(40)]
+    return ivl.Task.from_records(records, name=name, instruction=f"Add {n}.")
+
+
+@pytest.fixture(scope="module")
+def sequence():
+    return [adding(1, "one"), adding(2, "two")]
+
+
+@pytest.fixture(scope="module")
+def choice():
+    records = [
+        {"input": f"Is {i} even?", "output": "yes" if i % 2 == 0 else "no", "choices": ["yes", "no"]} for i in range(30)
+    ]
+    return ivl.Task.from_records(records, name="even", instruction="Answer.")
+
+
+@pytest.fixture(scope="module")
+def done(base, sequence, choice, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("continual")
+    options = {"model": base, "methods": ["lora", "iv"], "general": [choice], "seeds": (0, 1), **OPTIONS}
+    return run(sequence, folder=folder, **options), folder, options
+
+
+def test_every_stage_is_scored_on_every_task(done, sequence, choice):
+    found, folder, _ = done
+    counts = found.scores.groupby(["method", "seed", "stage", "task", "shots"]).size()
+    assert (counts == 6).all()
+    assert len(counts) == (1 + 2 * 2 * 2) * (2 + 2)
+    assert set(found.scores["score"]) <= {0.0, 1.0}
+    assert set(found.scores.query("kind == 'general'")["task"]) == {"even"}
+    assert len(found.similarity) == 2 * 2 * 2 * 2 and found.similarity["similarity"].between(-1, 1).all()
+    assert len(found.costs) == 8 and (found.costs["seconds"] > 0).all()
+    assert sorted(p.name for p in (folder / "iv" / "seed-1").iterdir()) == ["1-one", "2-two"]
+    assert not list(folder.rglob("checkpoint-*"))
+    assert found.metadata["sequence"] == ["one", "two"]
+
+
+def test_scores_are_those_of_the_adapter_by_a_slow_greedy_loop(done, base, sequence):
+    found, folder, _ = done
+    final = folder / "lora" / "seed-0" / "2-two" / "final"
+    model = ivl.load_model(base, adapter=final, backend="bridge")
+    backend = backend_of(model)
+    ends = model.tokenizer.eos_token_id
+    prompts = scored_prompts(sequence[0], Scoring(6), shots=0, instruction=True, style="qa")
+    scores = []
+    for prompt, row in zip(prompts, tokenize(backend, prompts)):
+        written, limit = [], 1 + max(len(r.answer) for r in tokenize(backend, prompts))
+        while len(written) < limit:
+            ids = torch.tensor([[*row.prompt, *written]])
+            with torch.inference_mode():
+                token = int(backend.forward(ids, torch.ones_like(ids))[0, -1].argmax())
+            if token == ends:
+                break
+            written.append(token)
+        text = model.tokenizer.decode(written).strip().split("\n")[0]
+        scores.append(float(text == prompt.query.output))
+    kept = found.scores.query("method == 'lora' and seed == 0 and stage == 2 and task == 'one'")
+    assert kept["score"].tolist() == scores
+
+
+def test_multiple_choice_is_the_likeliest_option_per_character(base, choice):
+    backend = backend_of(ivl.load_model(base, backend="bridge"))
+    prompts = scored_prompts(choice, Scoring(8), shots=2, instruction=True, style="qa")
+    expected = []
+    for prompt in prompts:
+        (row,) = tokenize(backend, [prompt])
+        values = []
+        for option in ("yes", "no"):
+            answer = backend.tokenizer.encode(f" {option}", add_special_tokens=False)
+            ids = torch.tensor([[*row.prompt, *answer]])
+            with torch.inference_mode():
+                chances = backend.forward(ids, torch.ones_like(ids), keep=len(answer) + 1)[0].log_softmax(-1)
+            values.append(sum(chances[j, t].item() for j, t in enumerate(answer)) / len(option))
+        expected.append(float(prompt.query.output == ("yes", "no")[values.index(max(values))]))
+    assert score_task(backend, choice, prompts, Scoring(8)) == expected
+
+
+def test_prompts_share_their_demonstrations_and_free_text_gets_rouge(base, sequence):
+    prompts = scored_prompts(sequence[0], Scoring(5), shots=3, instruction=True, style="qa")
+    assert len({p.demonstrations for p in prompts}) == 1 and len({p.instruction for p in prompts}) == 1
+    assert not {x.input for x in prompts[0].demonstrations} & {p.query.input for p in prompts}
+    records = [{"input": str(i), "output": f"the answer to this one is {i} and nothing else"} for i in range(20)]
+    long = ivl.Task.from_records(records, name="long", instruction="Say it.")
+    assert free_text(long) and not free_text(sequence[0])
+    backend = backend_of(ivl.load_model(base, backend="bridge"))
+    shown = scored_prompts(long, Scoring(4), shots=0, instruction=True, style="qa")
+    values = score_task(backend, long, shown, Scoring(4))
+    assert all(0 <= value < 1 for value in values)
+    assert set(score_task(backend, long, shown, Scoring(4, metric="exact_match"))) == {0.0}
+
+
+def test_what_is_finished_is_not_done_again_and_methods_can_be_added(done, sequence, monkeypatch):
+    found, folder, options = done
+    for name in ("fine_tune", "_scores"):
+        monkeypatch.setattr(runner, name, lambda *a, **k: pytest.fail("done again"))
+    again = run(sequence, folder=folder, **options)
+    assert again.scores.equals(found.scores) and again.similarity.equals(found.similarity)
+    monkeypatch.undo()
+    trained = []
+    original = runner.fine_tune
+    monkeypatch.setattr(
+        runner, "fine_tune", lambda *a, **k: (trained.append(k["folder"]), original(*a, **k))[1]
+    )
+    more = run(sequence, folder=folder, **{**options, "methods": ["lora", "iv", "ewc"], "seeds": (0,)})
+    assert {p.parent.parent.name for p in trained} == {"ewc"} and len(trained) == 2
+    assert set(more.scores["method"]) == {"base", "lora", "iv", "ewc"}
+
+
+def test_more_prompts_score_again_without_training(done, sequence, monkeypatch):
+    _, folder, options = done
+    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: ivl.TrainingRun.load(k["folder"]))
+    found = run(sequence, folder=folder, **{**options, "n_prompts": 4, "methods": ["lora"], "seeds": (0,)})
+    assert (found.scores.groupby(["method", "stage", "task", "shots"]).size() == 4).all()
+    assert len(list((folder / "lora" / "seed-0" / "1-one").glob("scores-*.json"))) == 2
+
+
+def test_other_training_in_the_same_folder_is_refused(done, sequence):
+    _, folder, options = done
+    with pytest.raises(ValueError, match="holds another experiment .*training"):
+        run(sequence, folder=folder, **{**options, "learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="holds another experiment .*sequence"):
+        run(sequence[::-1], folder=folder, **options)
+
+
+def test_a_plan_says_what_is_left(done, sequence, tmp_path):
+    _, folder, options = done
+    nothing = run(sequence, folder=folder, dry_run=True, **options)
+    assert set(nothing.stages["state"]) == {"done"} and nothing.minutes == 0
+    (scores,) = (folder / "iv" / "seed-1" / "2-two").glob("scores-*.json")
+    scores.rename(tmp_path / "kept.json")
+    try:
+        some = run(sequence, folder=folder, dry_run=True, **{**options, "methods": ["iv", "lwf"]})
+    finally:
+        (tmp_path / "kept.json").rename(scores)
+    states = some.stages.groupby(["method", "state"]).size().to_dict()
+    assert states == {("iv", "done"): 3, ("iv", "to score"): 1, ("lwf", "to train"): 4}
+    assert some.minutes > 0 and "minutes" in repr(some) and not (folder / "lwf").exists()
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_numbers(base, sequence, choice, tmp_path):
+    script = (
+        "import sys\nfrom tests.test_continual import OPTIONS, adding\nfrom ivlens.continual import run\n"
+        "run([adding(1, 'one'), adding(2, 'two')], folder=sys.argv[2], model=sys.argv[1], methods=['ewc', 'iv'], **OPTIONS)\n"
+    )
+    whole = run(sequence, folder=tmp_path / "whole", model=base, methods=["ewc", "iv"], **OPTIONS)
+    command = [sys.executable, "-c", script, base, str(tmp_path / "killed")]
+    kills = 0
+    for attempt in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(6 + 1.3 * attempt)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    again = run(sequence, folder=tmp_path / "killed", model=base, methods=["ewc", "iv"], **OPTIONS)
+    assert kills, "it was over before it was killed"
+    assert again.scores.equals(whole.scores) and again.similarity.equals(whole.similarity)
+
+
+def test_bad_input(base, sequence, choice, tmp_path):
+    def attempt(tasks=sequence, **options):
+        return runner.experiment(tasks, folder=tmp_path, model=base, **options)
+
+    with pytest.raises(ValueError, match="method='lra' is unknown; did you mean 'lora'"):
+        attempt(methods=["lra"])
+    with pytest.raises(ValueError, match="needs at least two"):
+        attempt(sequence[:1])
+    with pytest.raises(ValueError, match="both trained on and general"):
+        attempt(general=[sequence[0], choice])
+    with pytest.raises(ValueError, match="no methods or no seeds"):
+        attempt(seeds=())
+    with pytest.raises(ValueError, match="not a model object"):
+        runner.experiment(sequence, folder=tmp_path, model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="metric='bleu' is unknown"):
+        attempt(metric="bleu")
+    with pytest.raises(ValueError, match="dtype='int8' is no floating-point dtype"):
+        attempt(dtype="int8").dtype  # noqa: B018
+    with pytest.raises(KeyError, match="unknown task"):
+        attempt(general=["presnt_past"])
+
+
+def test_a_general_task_that_overlaps_the_training_data_is_warned_about(base, sequence, tmp_path):
+    shown = [{"input": x.input.upper(), "output": x.output, "split": "test"} for x in sequence[1].train[:3]]
+    shown += [{"input": f"new {i}", "output": "x", "split": "train"} for i in range(10)]
+    leaked = ivl.Task.from_records(shown, name="leaked", instruction="Add.")
+    with pytest.warns(UserWarning, match=r"3 test input\(s\) of the general task 'leaked' .* of 'two'"):
+        runner.experiment(sequence, folder=tmp_path, model=base, general=[leaked])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner.experiment(sequence, folder=tmp_path, model=base, general=["antonym"])
+
+
+def test_a_config_says_all_of_it(tmp_path, base):
+    rows = [{"input": f"{i}", "output": f"{i + 1}"} for i in range(30)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.yaml").write_text(f"""
+model: {base}
+folder: out
+sequence: [antonym, {{file: mine.jsonl, instruction: Add one., name: next}}]
+general: [present_past]
+seeds: [0, 3]
+steps: 5
+bf16: true
+lora: {{r: 4, target_modules: [q_proj]}}
+methods:
+  plain: lora
+  strong: {{method: ewc, strength: 5.0}}
+  steered: {{method: iv, guidance: {{progressive: false, kl: [{{positions: last, weight: 2.0}}]}}}}
+""")
+    options = read_config(tmp_path / "run.yaml")
+    what = runner.experiment(**options)
+    assert what.sequence.names == ["antonym", "next"] and what.sequence["next"].instructions == ("Add one.",)
+    assert what.general.names == ["present_past"] and what.seeds == (0, 3) and what.folder == tmp_path / "out"
+    assert what.methods["strong"] == EWC(strength=5.0)
+    guidance = what.methods["steered"].guidance
+    assert isinstance(what.methods["steered"], Guided) and not guidance.progressive and guidance.kl[0].weight == 2.0
+    assert what.training["bf16"] is True and what.training["lora"].r == 4 and what.training["steps"] == 5
+    assert len(list(what.stops())) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("steps: 3", "names no sequence"),
+        ("sequence: [antonym, present_past]\nstep: 3", "unknown key 'step'; did you mean 'steps'"),
+        ("sequence: [a: b: c", "is not YAML"),
+        ("sequence: [antonym, present_past]\nmethods: {x: {strength: 1}}", "x has no `method:`"),
+        ("sequence: [antonym, present_past]\nmethods: {x: {method: ewc, lam: 1}}", "x has no option 'lam'"),
+    ],
+)
+def test_a_wrong_config_is_explained(tmp_path, text, match):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        read_config(tmp_path / "run.yaml")
+
+
+def test_a_folder_name_is_safe(tmp_path):
+    assert experiments._path("EWC(strength=1/2)") == "EWC_strength_1_2_"
