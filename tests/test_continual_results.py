@@ -152,6 +152,30 @@ def test_without_general_tasks_forgetting_is_of_the_trained_ones(found):
     assert np.isnan(table["lora", "GP"]) and np.isnan(table["base", "IP"])
 
 
+def test_what_the_base_cannot_do_cannot_be_forgotten(found):
+    scores = found.scores.copy()
+    cannot = (scores["task"] == "far") & (scores["shots"] == 0) & (scores["method"] == "base")
+    scores.loc[cannot, "score"] = 0.0
+    cell = {(k, t, s): part for (k, t, s), part in scores.groupby(["kind", "task", "shots"])}
+    expected = []
+    for seed in (0, 1):
+
+        def at(kind, task, shots, stage, seed=seed):
+            part = cell[kind, task, shots]
+            rows = part[(part["method"] == ("lora" if stage else "base")) & (part["stage"] == stage)]
+            return rows[rows["seed"] == (seed if stage else 0)]["score"].mean()
+
+        earlier = [at("trained", t, 0, i, seed) - at("trained", t, 0, 3, seed) for i, t in enumerate(SEQUENCE[:2], 1)]
+        able = [("near", 0), ("near", 5), ("far", 5)]
+        general = [at("general", t, s, 0) - at("general", t, s, 3, seed) for t, s in able]
+        expected.append((np.mean(earlier) + np.mean(general)) / 2)
+    table = results(scores).to_dataframe().set_index(["method", "metric"])["mean"]
+    assert table["lora", "forgetting"] == pytest.approx(np.mean(expected))
+    assert table["lora", "GP"] == pytest.approx(
+        found.to_dataframe().set_index(["method", "metric"])["mean"]["lora", "GP"]
+    )
+
+
 def test_what_is_not_finished_leaves_the_rest_as_it_is(found):
     scores = found.scores
     part = scores[~((scores["method"] == "iv") & (scores["seed"] == 1) & (scores["stage"] == 3))]

@@ -91,8 +91,8 @@ def probabilities(shift: float = 0.0, tasks=TASKS, n: int = 12) -> AnswerProbabi
 
 def run(n: int = 5, tasks=("english_french",)) -> TrainingRun:
     log = [{"step": 10.0 * (i + 1), "loss": 3 / (i + 1), "learning_rate": 1e-4} for i in range(n)]
-    settings = {"tasks": list(tasks), "base": "tiny", "method": "LoRA", "steps": 50, "batch_size": 8}
-    return TrainingRun(Path("run"), {**settings, "learning_rate": 1e-4}, log)
+    settings = {"tasks": list(tasks), "base": "tiny", "method": "lora", "weights": "LoRA", "steps": 50, "batch_size": 8}
+    return TrainingRun(Path("run"), {**settings, "learning_rate": 1e-4}, log, {"seconds": 1.0})
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------

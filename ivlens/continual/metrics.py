@@ -28,6 +28,7 @@ __all__ = [
 
 MEASURES = ("OP", "OP change", "BWT", "GP", "GP change", "IP", "IP change", "plasticity", "forgetting", "stability")
 OF_BASE = ("OP", "GP", "IP")
+LEAST = 0.1  # what the base model does less often can't be forgotten
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -53,7 +54,8 @@ def forgetting(
 
     Earlier tasks: a[j, j] − a[J, j] for j < J. General tasks, each under every number of demonstrations: a[0, g] − a[J, g].
     Our choice: BWT is blind to what the base model could do, GP and IP to what was learned; here both count the same, however
-    many tasks there are of either. Where there are no general tasks, the earlier ones alone.
+    many tasks there are of either. Where there are no general tasks, the earlier ones alone. `measures` leaves those out on
+    which the base scores under 0.1: what it can't do, it can't forget.
     """
     groups = [_mean(lost) for lost in (_lost(trained), general[..., 0, :] - general[..., -1, :]) if lost.shape[-1]]
     return _mean(np.stack(groups, axis=-1)) if groups else np.full(trained.shape[:-2], np.nan)
@@ -72,10 +74,12 @@ def measures(
         General tasks without (GP) and with demonstrations (IP: five in FVG, arXiv 2502.11019).
     """
     found = {}
+    general = np.concatenate([zero, shown], axis=-1)
+    base = general[(0,) * (general.ndim - 1)]  # as found, in the first draw: the same tasks in all of them
     for name, scores in (("OP", trained), ("GP", zero), ("IP", shown)):
         found[name] = final(scores)
         found[f"{name} change"] = found[name] - _mean(scores[..., 0, :])
-    lost = forgetting(trained, np.concatenate([zero, shown], axis=-1))
+    lost = forgetting(trained, general[..., base >= LEAST])
     found |= {"BWT": backward_transfer(trained), "plasticity": plasticity(trained)}
     found |= {"forgetting": lost, "stability": -lost}
     return {name: found[name] for name in MEASURES}
