@@ -6,7 +6,7 @@ backward pass, and must then find what it found in the forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,21 +15,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ivlens.models.loading import tokenizing_backend
-from ivlens.vectors import Head
+from ivlens.training.batch import Batch
+from ivlens.training.branches import Fed
+from ivlens.training.guidance import Guidance
+from ivlens.vectors import Head, InstructionVector
 
-__all__ = ["TrainingHooks"]
+__all__ = ["Injection", "TrainingHooks"]
 
 
 @dataclass
 class TrainingHooks:
-    """Hooks of one model. Set `positions` and `additions` before each forward pass.
+    """Hooks of one model. Set `positions`, `additions` and `read` before each forward pass.
 
     Attributes
     ----------
     positions
-        Position of each row's last prompt token, [row].
+        Column of the last prompt token in each of the first rows, [row]; what comes in further rows is left alone.
     additions
         What is added there, [row d_model], by layer.
+    read
+        Row and column of every place where `z` is read.
     heads
         The heads whose outputs `z` gives after a pass.
     """
@@ -38,6 +43,7 @@ class TrainingHooks:
     site: str = "residual"
     positions: Int[Tensor, " row"] | None = None
     additions: dict[int, Float[Tensor, "row d_model"]] = field(default_factory=dict)
+    read: tuple[Int[Tensor, " row"], Int[Tensor, " row"]] | None = None
     _z: dict[int, Tensor] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
 
@@ -65,7 +71,7 @@ class TrainingHooks:
 
     @property
     def z(self) -> Float[Tensor, "row head d_head"]:
-        """Outputs of the heads at each row's last prompt token, in the last pass."""
+        """Outputs of the heads at the places read, in the last pass."""
         return torch.stack([self._z[head.layer][:, head.head] for head in self.heads], dim=1)
 
     def _add_at(self, layer: int) -> Any:
@@ -74,16 +80,71 @@ class TrainingHooks:
             if addition is None:
                 return None
             x = output[0] if isinstance(output, tuple) else output
-            where = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device)
-            where = where.scatter(1, self.positions[:, None].to(x.device), 1.0)
-            x = x + where[..., None] * addition[:, None].to(x)
+            places = (torch.arange(len(addition), device=x.device), self.positions.to(x.device))
+            x = x.index_put(places, addition.to(x), accumulate=True)
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         return hook
 
     def _read_at(self, layer: int, d_head: int) -> Any:
         def hook(module: Any, args: tuple) -> None:
-            rows = torch.arange(len(args[0]), device=args[0].device)
-            self._z[layer] = args[0][rows, self.positions.to(args[0].device)].unflatten(-1, (-1, d_head))
+            rows, columns = (index.to(args[0].device) for index in self.read)
+            self._z[layer] = args[0][rows, columns].unflatten(-1, (-1, d_head))
 
         return hook
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What is injected for each task, scaled, and after which layer; for no task where nothing is."""
+
+    layers: Int[Tensor, " task"]
+    thetas: Float[Tensor, "task d_model"]
+
+    @classmethod
+    def of(
+        cls, vectors: Mapping[str, InstructionVector] | None, tasks: Sequence[str], guidance: Guidance, config: Any
+    ) -> Injection:
+        """Of the vectors of these tasks, as the guidance says, in a model with this config.
+
+        Raises
+        ------
+        ValueError
+            If a task has no vector, or a vector or layer doesn't fit the model.
+        """
+        width, depth = config.hidden_size, config.num_hidden_layers
+        if vectors is None:
+            return cls(torch.empty(0, dtype=torch.long), torch.empty(0, width))
+        if missing := [task for task in tasks if task not in vectors]:
+            raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
+        chosen = [vectors[task] for task in tasks]
+        for task, vector in zip(tasks, chosen):
+            if vector.d_model != width:
+                raise ValueError(
+                    f"the vector of task {task!r} has width {vector.d_model}, but the model has {width}; "
+                    "extract a vector from this model with ivl.extract_vector"
+                )
+        scales = [vector.scale if guidance.scale is None else guidance.scale for vector in chosen]
+        thetas = torch.stack([scale * vector.vector.float() for scale, vector in zip(scales, chosen)])
+        return cls(torch.tensor([_layer(guidance, vector, depth) for vector in chosen]), thetas)
+
+    def aim(self, hooks: TrainingHooks, fed: Fed, batch: Batch, strength: float) -> None:
+        """What the hooks add in the next pass, each row its task's vector at its task's layer, and where they read."""
+        hooks.positions = batch.last
+        columns = fed.plain.columns.gather(1, batch.last[:, None])[:, 0]
+        hooks.read = (torch.arange(len(columns), device=columns.device) + fed.plain.first, columns)
+        tasks = batch.tasks.cpu()
+        hooks.additions = {
+            layer: (strength * self.thetas[tasks] * (self.layers[tasks] == layer)[:, None]).to(columns.device)
+            for layer in set(self.layers.tolist())
+            if strength
+        }
+
+
+def _layer(guidance: Guidance, vector: InstructionVector, depth: int) -> int:
+    layer = vector.layer if guidance.layer is None else guidance.layer
+    if layer is None or (guidance.site == "attention" and guidance.layer is None):
+        layer = depth // 3 if guidance.site == "residual" else depth * 9 // 32
+    if not -depth <= layer < depth:
+        raise ValueError(f"layer={layer} is out of range: the model has layers 0 to {depth - 1}")
+    return layer % depth

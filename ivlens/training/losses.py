@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ivlens.training.data import IGNORED
 
-__all__ = ["answer_positions", "head_consistency", "kl_divergence", "last_prompt_positions", "lm_loss"]
+__all__ = ["answer_loss", "answer_positions", "head_consistency", "kl_divergence", "last_prompt_positions", "lm_loss"]
 
 
 def answer_positions(labels: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
@@ -34,9 +34,15 @@ def lm_loss(
     logits: Float[Tensor, "row pos d_vocab"], labels: Int[Tensor, "row pos"], count: Tensor | int | None = None
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the answer tokens (nats), summed and divided by `count` (default: how many there are)."""
-    where = answer_positions(labels)
-    targets = labels[:, 1:][where[:, :-1]]
-    total = torch.nn.functional.cross_entropy(logits[where].float(), targets, reduction="sum")
+    return answer_loss(logits[answer_positions(labels)], labels, count)
+
+
+def answer_loss(
+    logits: Float[Tensor, "n d_vocab"], labels: Int[Tensor, "row pos"], count: Tensor | int | None = None
+) -> Float[Tensor, ""]:
+    """`lm_loss` of logits at the answer's positions only, in the order of rows."""
+    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return total / (len(targets) if count is None else count)
 
 

@@ -1,22 +1,36 @@
-"""The steered teacher's outputs, computed once per example and kept: it never changes while a stage is trained."""
+"""The steered teacher, which never changes while a stage is trained: its outputs computed once per example and kept."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.models.backends import weights_fingerprint
 from ivlens.storage import read_tensors, write_tensors
 
-__all__ = ["KeptTeacher", "TopK", "keep_teacher", "kept_divergence"]
+__all__ = [
+    "KeptTeacher",
+    "TopK",
+    "affordable",
+    "as_before",
+    "blank_adapters",
+    "keep_teacher",
+    "kept_divergence",
+    "teacher_digest",
+]
 
 KIND = "teacher outputs"
+LEAST = 16  # fewer tokens per position than this say too little
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,8 @@ def kept_divergence(
     Never more than the full KL, and less by at most the remainder's part of it: p_rest · KL(rest ‖ rest), the divergence of
     the two distributions within the remainder, in the direction asked for (chain rule of the KL).
     """
-    q = student.float().div(temperature).log_softmax(-1).gather(-1, teacher.indices.long())
+    softened = student.float() / temperature if temperature != 1 else student.float()
+    q = softened.gather(-1, teacher.indices.long()) - softened.logsumexp(-1, keepdim=True)
     p = teacher.values
     if p.shape[-1] < student.shape[-1]:
         p, q = (torch.cat([x, _rest(x)], dim=-1) for x in (p, q))
@@ -135,3 +150,72 @@ def keep_teacher(
                 f"the teacher's outputs aren't kept on disk ({error}); training goes on without", stacklevel=3
             )
     return kept
+
+
+def affordable(k: int, positions: int, budget: float) -> int | None:
+    """Tokens per position that so many GB hold: the k asked for, fewer with a warning, or None with another."""
+    fit = int(budget * 1e9) // (8 * positions)  # a float32 and an int32 each
+    if fit >= k:
+        return k
+    needed = 8e-9 * positions * k
+    if fit >= LEAST:
+        warnings.warn(
+            f"{k} tokens of the teacher at each of {positions} positions are {needed:.1f} GB, above "
+            f"teacher_budget={budget}: the {fit} likeliest are kept instead",
+            stacklevel=3,
+        )
+        return fit
+    warnings.warn(
+        f"{k} tokens of the teacher at each of {positions} positions are {needed:.1f} GB, and teacher_budget={budget} "
+        f"is too small for {LEAST}: the teacher runs in every step instead",
+        stacklevel=3,
+    )
+    return None
+
+
+def teacher_digest(model: Any, about: Any, dataset: Any) -> str:
+    """Tells kept outputs apart: by the model with its adapters, the data, and the repr of what else they depend on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+    digest = hashlib.sha256(repr((weights_fingerprint(model), active, about)).encode())
+    adapters = set(getattr(model, "peft_config", ()))
+    for name, weight in model.named_parameters():
+        if adapters & set(
+            name.split(".")
+        ):  # whole: the fingerprint takes some of every weight, which may not have moved
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+    digest.update(repr([dataset[column][:] for column in ("input_ids", "labels")]).encode())
+    return digest.hexdigest()[:16]
+
+
+def blank_adapters(model: Any) -> set[str] | None:
+    """The LoRA adapters in training if they still do nothing: switched off, they leave the model as it was; else None."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    parts = [name.split(".") for name in trained]
+    if not trained or not all("lora_A" in part or "lora_B" in part for part in parts):
+        return None  # every weight, or a kind of adapter whose effect can't be told from its weights
+    if any("lora_B" in name.split(".") and bool(weight.any()) for name, weight in trained.items()):
+        return None
+    return {part[part.index(kind) + 1] for part in parts for kind in ("lora_A", "lora_B") if kind in part}
+
+
+@contextmanager
+def as_before(model: Any, off: set[str] = frozenset()) -> Iterator[Any]:
+    """The model without dropout and without what these LoRA adapters add; others stay on."""
+    from peft.tuners.lora import LoraLayer
+
+    training, scales = model.training, []
+    model.eval()
+    for module in model.modules() if off else ():
+        if isinstance(module, LoraLayer):
+            scales += [(module.scaling, name, module.scaling[name]) for name in off & module.scaling.keys()]
+    try:
+        for scaling, name, _ in scales:
+            scaling[name] = 0.0
+        yield model
+    finally:
+        for scaling, name, scale in scales:
+            scaling[name] = scale
+        model.train(training)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import Trainer
 
-from ivlens.models.backends import weights_fingerprint
+from ivlens.training.batch import Batch, Collator, count_positions
+from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
 from ivlens.training.data import IGNORED
-from ivlens.training.guidance import KL, PRESETS, Guidance
-from ivlens.training.hooks import TrainingHooks
-from ivlens.training.losses import answer_positions, head_consistency, kl_divergence, last_prompt_positions, lm_loss
-from ivlens.training.teacher import KeptTeacher, TopK, keep_teacher, kept_divergence
+from ivlens.training.guidance import KL, POSITIONS, PRESETS, Guidance
+from ivlens.training.hooks import Injection, TrainingHooks
+from ivlens.training.losses import answer_loss, head_consistency, kl_divergence
+from ivlens.training.teacher import (
+    KeptTeacher,
+    TopK,
+    affordable,
+    as_before,
+    blank_adapters,
+    keep_teacher,
+    kept_divergence,
+    teacher_digest,
+)
 from ivlens.vectors import InstructionVector
 
 __all__ = ["IVTrainer"]
+
+EXACT, CLOSE = 1e-4, 0.05  # how far packed logits may be from those of doubled rows, in float32 and below
 
 
 class IVTrainer(Trainer):
@@ -31,243 +43,282 @@ class IVTrainer(Trainer):
     Parameters
     ----------
     model
-        A PEFT model, whose adapters disabled are the teacher, or a Hugging Face model, of which a frozen copy is.
+        A PEFT or Hugging Face model. As it is when `train` begins, adapters included, it is the teacher.
     vectors
-        The instruction vector of every task in the data.
+        The instruction vector of every task in the data; None injects nothing anywhere (learning without forgetting).
     guidance
         `"paper"`, `"fvg-code"`, or a `Guidance`.
     train_dataset
         With the columns of `ivlens.training.data.answer_dataset`.
     keep_teacher
         How many of the teacher's likeliest tokens are kept per position (the rest counts as one), computed once before
-        training and kept in the output folder; None runs the teacher in every step. Default: 256.
+        training and kept in the output folder; `"full"` keeps them all, None runs the teacher in every step.
+    teacher_budget
+        Gigabytes, in memory and on disk each, that what is kept may take; fewer tokens are kept where more would.
 
     Notes
     -----
-    While the injection fades, each step runs every row twice: with it for ℓ_LM, without it for ℓ_KL. The terms are logged as
-    `lm_loss`, `kl_loss` and `heads_loss`. Rows may be padded on either side.
+    While the injection fades, each step is one pass with the injection for ℓ_LM and without it for ℓ_KL: the last prompt
+    token and the answer are fed twice, at the end of each row. Where a try before training shows that the model doesn't
+    take that, every row is fed twice. Logged apart: `lm_loss`, `kl_loss`, `heads_loss` and the strength `alpha`.
 
     Raises
     ------
     ValueError
-        If a task has no vector, a vector belongs to a model of another width, or a preset is unknown.
+        If a task has no vector, a vector belongs to a model of another width, or options don't go together.
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        vectors: Mapping[str, InstructionVector],
+        vectors: Mapping[str, InstructionVector] | None,
         guidance: str | Guidance = "paper",
         train_dataset: Any,
         processing_class: Any,
-        keep_teacher: int | None = 256,
+        keep_teacher: int | str | None = 256,
+        teacher_budget: float = 2.0,
         **arguments: Any,
     ):
-        if isinstance(guidance, str) and guidance not in PRESETS:
-            raise ValueError(
-                f"guidance={guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
-            )
-        self.guidance = PRESETS[guidance] if isinstance(guidance, str) else guidance
-        self.tasks = list(dict.fromkeys(train_dataset["task"]))
-        if missing := [task for task in self.tasks if task not in vectors]:
-            raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
-        chosen = [vectors[task] for task in self.tasks]
-        width, depth = model.config.hidden_size, model.config.num_hidden_layers
-        for task, vector in zip(self.tasks, chosen):
-            if vector.d_model != width:
-                raise ValueError(
-                    f"the vector of task {task!r} has width {vector.d_model}, but the model has {width}; "
-                    "extract a vector from this model with ivl.extract_vector"
-                )
-        self._layers = torch.tensor([_layer(self.guidance, vector, depth) for vector in chosen])
-        scales = [vector.scale if self.guidance.scale is None else self.guidance.scale for vector in chosen]
-        self._thetas = torch.stack([scale * vector.vector.float() for scale, vector in zip(scales, chosen)])
-        heads = chosen[0].heads if self.guidance.heads_weight else ()
-        self._hooks = TrainingHooks(heads, self.guidance.site)
-        self._terms: dict[str, list[float]] = {}
-        arguments.setdefault("data_collator", _Collator(processing_class, self.tasks))
+        self.guidance = _guidance(guidance, vectors, keep_teacher)
+        tasks = list(dict.fromkeys(train_dataset["task"]))
+        self._injection = Injection.of(vectors, tasks, self.guidance, model.config)
+        heads = vectors[tasks[0]].heads if self.guidance.heads_weight else ()
+        self._hooks, self._frozen_hooks = (TrainingHooks(heads, self.guidance.site) for _ in range(2))
+        parameters = inspect.signature(_inner(model).forward).parameters
+        self._positioned, self._sparse = "position_ids" in parameters, "logits_to_keep" in parameters
+        # Padded on the left, answers stand in the same columns, and fewer logits are needed.
+        side = "left" if self._positioned else processing_class.padding_side
+        arguments.setdefault("data_collator", Collator(processing_class, tasks, side))
         numbered = train_dataset.add_column("example", list(range(len(train_dataset))))
         super().__init__(model, train_dataset=numbered, processing_class=processing_class, **arguments)
-        self._keep = keep_teacher if self.guidance.needs_teacher else None
+        self.model_accepts_loss_kwargs = True  # the loss is normalized over the accumulated batch here, for any model
+        self.current_gradient_accumulation_steps = 1
+        self.teacher_seconds = 0.0
+        self._keep, self._budget = keep_teacher, teacher_budget
         self._kept: KeptTeacher | None = None
-        self._positioned = "position_ids" in inspect.signature(_inner(model).forward).parameters
-        self._frozen = None
-        temperatures = {term.temperature for term in self.guidance.kl}
-        if self._keep is not None and len(temperatures) > 1:
-            raise ValueError("keep_teacher needs one temperature for all divergences; pass keep_teacher=None")
-        self._temperature = temperatures.pop() if temperatures else 1.0
-        if self.guidance.needs_teacher and self._keep is None and not hasattr(model, "peft_config"):
-            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        self._frozen: Any = None
+        self._off: set[str] = set()
+        self._packs = False
+        self._totals: dict[str, Tensor] = {}
+        self._terms: dict[str, list[Tensor]] = {}
 
     def train(self, *args: Any, **options: Any) -> Any:
-        layers = set(self._layers.tolist())
-        self._hooks.attach(self.model, self.processing_class, layers)
-        frozen_hooks = TrainingHooks(self._hooks.heads, self.guidance.site)
-        if self._frozen is not None:
-            self._teacher_hooks = frozen_hooks.attach(self._frozen.to(self.args.device), self.processing_class, layers)
-        else:
-            self._teacher_hooks = self._hooks
-        try:
-            if self._keep is not None:  # before a checkpoint is loaded: the teacher is the model as it was
-                self._kept = self._keep_outputs()
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which guided training doesn't split over; start it with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        with self.prepared():  # before a checkpoint is loaded: the teacher is the model as it was
             return super().train(*args, **options)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Inside, the hooks are on the model and the teacher is the model as it is now."""
+        model = self.accelerator.unwrap_model(self.model).to(self.args.device)
+        layers = set(self._injection.layers.tolist())
+        keep = self._affordable()
+        if self.guidance.needs_teacher and keep is None:
+            blank = blank_adapters(model)
+            self._off = blank or set()
+            if blank is None:
+                self._frozen = copy.deepcopy(model).requires_grad_(False)
+                self._frozen_hooks.attach(self._frozen, self.processing_class, layers)
+        self._hooks.attach(model, self.processing_class, layers)
+        try:
+            if keep is not None:
+                self._kept = self._keep_outputs(model, keep)
+            self._packs = self._packing_works(model)
+            yield
         finally:
             self._hooks.detach()
-            frozen_hooks.detach()
+            self._frozen_hooks.detach()
+            self._kept = self._frozen = None
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        samples, count = super().get_batch_samples(*args)
+        counts = self.accelerator.gather(count_positions(samples, self.args.device)[None])
+        self._totals = dict(zip(POSITIONS, counts.sum(0)))
+        return samples, count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = dict(inputs)
-        tasks, labels, examples = inputs.pop("task"), inputs.pop("labels"), inputs.pop("example")
-        inputs = self._positioned_inputs(inputs)
-        last = last_prompt_positions(labels)
-        where = self._where(inputs, labels, last)
-        teacher, teacher_z = self._taught(model, inputs, tasks, last, examples, where)
+        batch = self._batch(inputs)
+        teacher, teacher_z = self._taught(model, batch)
         alpha = self.guidance.strength(self.state.global_step, self.state.max_steps)
-        twice = alpha > 0 and self.guidance.needs_teacher
-        fed = {key: torch.cat([x, x]) for key, x in inputs.items()} if twice else inputs
-        self._set(self._hooks, tasks, last, [alpha, 0.0] if twice else [alpha])
-        outputs = model(**fed)
-        steered, plain = outputs.logits[: len(labels)], outputs.logits[-len(labels) :]
-        terms = {"lm": lm_loss(steered, labels, num_items_in_batch)}
-        if teacher is not None:
-            terms["kl"] = sum(
-                (self._kl(term, plain, teacher, where, num_items_in_batch) for term in self.guidance.kl),
-                plain.new_zeros(()),
-            )
+        fed = self._feed(batch, apart=alpha > 0 and teacher is not None)
+        self._injection.aim(self._hooks, fed, batch, alpha)
+        kept = batch.where["kept"] if self.guidance.kl and teacher is not None else None
+        outputs, steered, plain = fed.run(model, batch.where["answer"], kept, sparse=self._sparse)
+
+        # Each process computes its part of a mean over the whole accumulated batch; gradients are averaged over processes.
+        whole = num_items_in_batch is not None
+        totals = self._totals if whole else dict(zip(POSITIONS, count_positions([inputs], steered.device)))
+        share = self.accelerator.num_processes if whole else 1
+        terms = {"lm_loss": share * answer_loss(steered, batch.labels, totals["answer"])}
+        if plain is not None:
+            each = [self._kl(term, plain, teacher, batch.where, totals) for term in self.guidance.kl]
+            terms["kl_loss"] = share * sum(each)
         if teacher_z is not None:
-            loss = head_consistency(self._hooks.z[-len(labels) :], teacher_z)
-            terms["heads"] = self.guidance.heads_weight * loss * (loss > self.guidance.heads_least)
-        for name, value in terms.items():
-            self._terms.setdefault(f"{name}_loss", []).append(float(value.detach()))
+            distance = head_consistency(self._hooks.z, teacher_z) * (len(teacher_z) / totals["last"])
+            counted = distance * (distance > self.guidance.heads_least)
+            terms["heads_loss"] = share * self.guidance.heads_weight * counted
         loss = sum(terms.values())
+        self._note({**terms, "alpha": alpha} if self.guidance.progressive else terms)
         return (loss, outputs) if return_outputs else loss
 
-    def _kl(self, term: KL, student: Tensor, teacher: TopK, where: dict[str, Tensor], count: Any) -> Tensor:
-        """One divergence, a mean over its positions (over the whole accumulated batch where those are the answer's)."""
-        here = where[term.positions]
-        options = {"direction": term.direction, "temperature": term.temperature}
-        if isinstance(teacher, TopK):
-            each = kept_divergence(student[here], teacher[here[where["kept"]]], **options)
-        else:
-            each = kl_divergence(student[here], teacher[here], **options)
-        counted = count if count is not None and term.positions == "answer" else len(each)
-        return term.weight * (each.sum() / counted) * (each.mean() > term.least)
+    def _kl(self, term: KL, student: Tensor, teacher: TopK | Tensor, where: dict[str, Tensor], totals: Any) -> Tensor:
+        """One divergence, a mean over its positions in the whole accumulated batch."""
+        here = where[term.positions][where["kept"]]
+        if not here.all():
+            student, teacher = student[here], teacher[here]
+        divergence = kept_divergence if isinstance(teacher, TopK) else kl_divergence
+        each = divergence(student, teacher, direction=term.direction, temperature=term.temperature)
+        return term.weight * (each.sum() / totals[term.positions]) * (each.mean() > term.least)
 
-    def _where(self, inputs: dict[str, Any], labels: Tensor, last: Tensor) -> dict[str, Tensor]:
-        """Which positions each divergence is over, and which ones a teacher is kept at: all that any needs."""
-        where = {"answer": answer_positions(labels), "all": inputs["attention_mask"].bool()}
-        where["last"] = torch.zeros_like(where["all"]).scatter(1, last[:, None], True)
-        needed = {term.positions for term in self.guidance.kl}
-        return {**where, "kept": where["all"] if "all" in needed else where["answer"]}
+    def _batch(self, collated: Mapping[str, Tensor]) -> Batch:
+        return Batch.of(collated, self.guidance, positioned=self._positioned)
 
-    def _taught(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        tasks: Tensor,
-        last: Tensor,
-        examples: Tensor,
-        where: dict[str, Tensor],
-    ) -> tuple[Any, Any]:
-        if self._kept is not None:
-            return self._kept.rows(examples, last.device)
-        return self._teach(model, inputs, tasks, last) if self.guidance.needs_teacher else (None, None)
+    def _rows(self, examples: Sequence[int]) -> Batch:
+        """Examples of the training data as a batch."""
+        return self._batch(self.data_collator([self.train_dataset[i] for i in examples]).to(self.args.device))
 
-    def _keep_outputs(self) -> KeptTeacher:
-        """The teacher's outputs for every example, from the output folder if they are there."""
-        model, device = self.accelerator.unwrap_model(self.model).to(self.args.device), self.args.device
-
-        def teach(examples: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
-            batch = self.data_collator([self.train_dataset[i] for i in examples]).to(device)
-            inputs = self._positioned_inputs({k: batch[k] for k in ("input_ids", "attention_mask")})
-            last = last_prompt_positions(batch["labels"])
-            kept = self._where(inputs, batch["labels"], last)["kept"]
-            logits, z = self._teach(model, inputs, batch["task"], last)
-            return [logits[i][kept[i]] for i in range(len(examples))], z
-
-        digest = hashlib.sha256(repr((weights_fingerprint(model), self._keep, self.guidance, self._layers)).encode())
-        digest.update(self._thetas.numpy().tobytes() + repr(self.train_dataset["input_ids"][:]).encode())
-        return keep_teacher(
-            len(self.train_dataset),
-            teach,
-            k=self._keep,
-            temperature=self._temperature,
-            path=Path(self.args.output_dir) / f"teacher-{digest.hexdigest()[:16]}.safetensors",
-            batch_size=self.args.per_device_train_batch_size,
-            progress=not self.args.disable_tqdm,
-        )
-
-    def _positioned_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """With positions counted from the first real token, also where the padding is on the left."""
-        if not self._positioned:
-            return inputs
-        return {**inputs, "position_ids": (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)}
+    def _feed(self, batch: Batch, *, apart: bool) -> Fed:
+        if not apart:
+            return single(batch.inputs)
+        if self._packs:
+            return packed(batch.inputs, batch.last, _inner(self.accelerator.unwrap_model(self.model)).dtype)
+        return doubled(batch.inputs)
 
     @torch.no_grad()
-    def _teach(self, model: Any, inputs: dict[str, Any], tasks: Tensor, last: Tensor) -> tuple[Any, Any]:
-        """The steered teacher's logits and head outputs."""
-        self._set(self._teacher_hooks, tasks, last, [1.0])
-        with _as_before(self._frozen if self._frozen is not None else self.accelerator.unwrap_model(model)) as before:
-            logits = before(**inputs).logits
-        return logits, self._teacher_hooks.z.clone() if self._hooks.heads else None
+    def _packing_works(self, model: Any) -> bool:
+        """Whether a packed pass gives what doubled rows give, on the first rows."""
+        if not (self.guidance.progressive and self.guidance.needs_teacher):
+            return False
+        batch = self._rows(range(min(4, len(self.train_dataset))))
+        longest = max(map(len, self.train_dataset["input_ids"]))
+        if not packing_fits(model.config.get_text_config(), batch.inputs, longest):
+            return False
+        found = []
+        for self._packs in (False, True):
+            fed = self._feed(batch, apart=True)
+            self._injection.aim(self._hooks, fed, batch, 1.0)
+            with as_before(model), self.accelerator.autocast():
+                try:
+                    _, *logits = fed.run(model, batch.where["answer"], batch.where["kept"], sparse=self._sparse)
+                except Exception:  # whatever a model says to a mask it doesn't know
+                    if self._packs:
+                        return False
+                    raise
+            found.append(torch.cat(logits).float())
+        away = (found[1] - found[0]).norm() / (found[0] - found[0].mean(-1, keepdim=True)).norm()
+        exact = _inner(model).dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        return bool(away <= (EXACT if exact else CLOSE))
 
-    def _set(self, hooks: TrainingHooks, tasks: Tensor, last: Tensor, strengths: list[float]) -> None:
-        """What the hooks add in the next pass: each row its task's vector at its task's layer."""
-        rows = tasks.cpu().repeat(len(strengths))
-        strength = torch.tensor(strengths).repeat_interleave(len(tasks))
-        thetas = strength[:, None] * self._thetas[rows]
-        hooks.positions = last.repeat(len(strengths))
-        hooks.additions = {
-            layer: (thetas * (self._layers[rows] == layer)[:, None]).to(last.device)
-            for layer in set(self._layers.tolist())
-            if any(strengths)
-        }
+    # -- the teacher --------------------------------------------------------------------------------------------------------
+
+    def _taught(self, model: Any, batch: Batch) -> tuple[TopK | Tensor | None, Tensor | None]:
+        if not self.guidance.needs_teacher:
+            return None, None
+        if self._kept is not None:
+            return self._kept.rows(batch.examples, batch.last.device)
+        if self._frozen is not None:
+            return self._teach(self._frozen, self._frozen_hooks, batch)
+        return self._teach(self.accelerator.unwrap_model(model), self._hooks, batch)
+
+    @torch.no_grad()
+    def _teach(self, model: Any, hooks: TrainingHooks, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The steered teacher's logits and head outputs."""
+        fed = single(batch.inputs)
+        self._injection.aim(hooks, fed, batch, 1.0)
+        with as_before(model, self._off) as before, self.accelerator.autocast():
+            _, _, logits = fed.run(before, None, batch.where["kept"], sparse=self._sparse)
+        return logits, hooks.z.clone() if hooks.heads else None
+
+    def _affordable(self) -> int | None:
+        """How many tokens per position are kept, if any."""
+        if self._keep is None or not self.guidance.needs_teacher:
+            return None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        everything = any(term.positions == "all" for term in self.guidance.kl)
+        positions = sum(
+            len(labels) if everything else sum(label != IGNORED for label in labels)
+            for labels in self.train_dataset["labels"]
+        )
+        return affordable(vocabulary if self._keep == "full" else min(self._keep, vocabulary), positions, self._budget)
+
+    def _keep_outputs(self, model: Any, k: int) -> KeptTeacher:
+        """The teacher's outputs for every example, from the output folder if they are there."""
+        start = time.perf_counter()
+
+        def teach(examples: Sequence[int]) -> tuple[Sequence[Tensor], Tensor | None]:
+            batch = self._rows(examples)
+            logits, z = self._teach(model, self._hooks, batch)
+            return logits.split(batch.where["kept"].sum(1).tolist()), z
+
+        about = (
+            k,
+            self.accelerator.mixed_precision,
+            self.guidance,
+            self._injection.layers,
+            self._injection.thetas.tolist(),
+        )
+        digest = teacher_digest(model, about, self.train_dataset)
+        path = Path(self.args.output_dir) / f"teacher-{digest}.safetensors"
+        with self.args.main_process_first(desc="the teacher's outputs"):  # the others then find the file
+            kept = keep_teacher(
+                len(self.train_dataset),
+                teach,
+                k=k,
+                temperature=self.guidance.kl[0].temperature if self.guidance.kl else 1.0,
+                path=path,
+                batch_size=self.args.per_device_train_batch_size,
+                progress=not self.args.disable_tqdm,
+            )
+        self.teacher_seconds = time.perf_counter() - start
+        return kept
+
+    # -- logging ------------------------------------------------------------------------------------------------------------
+
+    def _note(self, terms: Mapping[str, Tensor | float]) -> None:
+        """For the log: the losses of accumulated parts add up to those of a step, as in the Trainer's."""
+        parts = self.current_gradient_accumulation_steps
+        for name, value in {**terms, "steps": 1 / parts}.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device).detach()
+            self._terms.setdefault(name, []).append(value / parts if name == "alpha" else value)
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """As the Trainer, with the terms' means since the last time."""
-        if "loss" in logs:
-            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._terms.items()}}
+        """As the Trainer, with the terms' means since the last time, over all processes."""
+        if "loss" in logs and self._terms:
+            sums = self.accelerator.reduce(torch.stack([torch.stack(x).sum() for x in self._terms.values()]), "mean")
+            means = dict(zip(self._terms, sums.tolist()))
+            steps = means.pop("steps")
+            logs = {**logs, **{name: value / steps for name, value in means.items()}}
             self._terms.clear()
         super().log(logs, *args, **options)
 
 
-class _Collator(DataCollatorForSeq2Seq):
-    """Pads on the tokenizer's side; tasks become their numbers."""
-
-    def __init__(self, tokenizer: Any, tasks: list[str]):
-        super().__init__(tokenizer, padding=True, label_pad_token_id=IGNORED)
-        self.tasks = tasks
-
-    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> Any:
-        rows = [{key: value for key, value in row.items() if key != "task"} for row in features]
-        batch = super().__call__(rows, return_tensors)
-        batch["task"] = torch.tensor([self.tasks.index(row["task"]) for row in features])
-        return batch
-
-
-def _layer(guidance: Guidance, vector: InstructionVector, depth: int) -> int:
-    layer = vector.layer if guidance.layer is None else guidance.layer
-    if layer is None or (guidance.site == "attention" and guidance.layer is None):
-        layer = depth // 3 if guidance.site == "residual" else depth * 9 // 32
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer={layer} is out of range: the model has layers 0 to {depth - 1}")
-    return layer % depth
+def _guidance(guidance: str | Guidance, vectors: Any, keep: int | str | None) -> Guidance:
+    """The guidance meant, which must go with the other arguments."""
+    if isinstance(guidance, str):
+        if guidance not in PRESETS:
+            raise ValueError(
+                f"guidance={guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
+            )
+        guidance = PRESETS[guidance]
+    if vectors is None and (guidance.progressive or guidance.heads_weight):
+        raise ValueError(
+            "vectors=None leaves nothing to inject and no heads to compare; pass the vectors, or "
+            "Guidance(progressive=False, heads_weight=0)"
+        )
+    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
+    if not (keep is None or keep == "full" or whole):
+        raise ValueError(f"keep_teacher={keep!r} must be a number of tokens above 0, 'full', or None to keep nothing")
+    if keep is not None and len({term.temperature for term in guidance.kl}) > 1:
+        raise ValueError("keep_teacher needs one temperature for all divergences; pass keep_teacher=None")
+    return guidance
 
 
 def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextmanager
-def _as_before(model: Any) -> Iterator[Any]:
-    """The model before this stage: adapters off, no dropout."""
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if hasattr(model, "peft_config") else nullcontext():
-            yield model
-    finally:
-        model.train(training)

@@ -1,0 +1,81 @@
+"""Batches of guided training: rows padded, tasks and examples numbered, and which positions each loss term is over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq
+
+from ivlens.training.data import IGNORED
+from ivlens.training.guidance import POSITIONS, Guidance
+from ivlens.training.losses import answer_positions, last_prompt_positions
+
+__all__ = ["Batch", "Collator", "count_positions"]
+
+
+class Collator(DataCollatorForSeq2Seq):
+    """Pads on `side`; tasks become their numbers."""
+
+    def __init__(self, tokenizer: Any, tasks: list[str], side: str):
+        tokenizer = copy.copy(tokenizer)  # the user's keeps its side
+        tokenizer.padding_side = side
+        super().__init__(tokenizer, padding=True, label_pad_token_id=IGNORED)
+        self.tasks = tasks
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> Any:
+        rows = [{key: value for key, value in row.items() if key != "task"} for row in features]
+        batch = super().__call__(rows, return_tensors)
+        batch["task"] = torch.tensor([self.tasks.index(row["task"]) for row in features])
+        return batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the collator gives, sorted.
+
+    Attributes
+    ----------
+    inputs
+        What a model takes.
+    last
+        Position of each row's last prompt token.
+    where
+        Which positions each divergence is over, by name, and at which ones a teacher is `kept`: all that any needs.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Int[Tensor, "row pos"]
+    tasks: Int[Tensor, " row"]
+    examples: Int[Tensor, " row"]
+    last: Int[Tensor, " row"]
+    where: dict[str, Bool[Tensor, "row pos"]]
+
+    @classmethod
+    def of(cls, collated: Mapping[str, Tensor], guidance: Guidance, *, positioned: bool) -> Batch:
+        """With positions counted from the first real token where the model takes them, also where padding is on the left."""
+        inputs = dict(collated)
+        labels, tasks, examples = (inputs.pop(key) for key in ("labels", "task", "example"))
+        last = last_prompt_positions(labels)
+        where = {"answer": answer_positions(labels), "all": inputs["attention_mask"].bool()}
+        where["last"] = torch.zeros_like(where["all"]).scatter(1, last[:, None], True)
+        everything = any(term.positions == "all" for term in guidance.kl)
+        where["kept"] = where["all"] if everything else where["answer"]
+        if positioned:
+            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        return cls(inputs, labels, tasks, examples, last, where)
+
+
+def count_positions(collated: Iterable[Mapping[str, Tensor]], device: torch.device) -> Int[Tensor, " kind"]:
+    """How many positions of each kind in `POSITIONS` there are in batches together."""
+    counts = {kind: torch.zeros((), dtype=torch.long, device=device) for kind in POSITIONS}
+    for each in collated:
+        counts["answer"] += (each["labels"][:, 1:] != IGNORED).sum().to(device)
+        counts["last"] += len(each["labels"])
+        counts["all"] += each["attention_mask"].sum().to(device)
+    return torch.stack([counts[kind] for kind in POSITIONS])
