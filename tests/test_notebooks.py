@@ -6,7 +6,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # Where a notebook has a cell tagged `parameters`, it is run with these instead.
-SMALL = {"03_train_without_forgetting": {"STEPS": 4, "N_PROMPTS": 6, "N_EFFECTS": 1, "METHODS": ["lora", "iv"]}}
+SMALL = {"03_train_without_forgetting": {"STEPS": 2, "N_PROMPTS": 4, "N_EFFECTS": 1, "METHODS": ["lora", "iv"]}}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
