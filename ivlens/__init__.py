@@ -45,7 +45,7 @@ _HOME = {
     "write_report": "ivlens.report",
 }
 
-__all__ = [*_HOME, "patching", "__version__"]
+__all__ = [*_HOME, "continual", "patching", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -66,6 +66,7 @@ def __getattr__(name: str) -> Any:
         "training",
         "dynamics",
         "probabilities",
+        "continual",
     ):
         return importlib.import_module(f"ivlens.{name}")
     raise AttributeError(f"module 'ivlens' has no attribute {name!r}")

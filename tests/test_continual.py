@@ -155,9 +155,9 @@ def test_more_prompts_score_again_without_training(done, sequence, monkeypatch):
 
 def test_other_training_in_the_same_folder_is_refused(done, sequence):
     _, folder, options = done
-    with pytest.raises(ValueError, match="holds another experiment .*training"):
+    with pytest.raises(ValueError, match=r"holds another experiment .*training"):
         run(sequence, folder=folder, **{**options, "learning_rate": 1e-3})
-    with pytest.raises(ValueError, match="holds another experiment .*sequence"):
+    with pytest.raises(ValueError, match=r"holds another experiment .*sequence"):
         run(sequence[::-1], folder=folder, **options)
 
 

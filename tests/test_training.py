@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -154,6 +155,20 @@ def test_a_finished_run_is_returned_and_not_trained_again(base, task, run, monke
 def test_a_folder_of_another_run_is_refused(base, task, run):
     with pytest.raises(ValueError, match=r"holds another training run \(seed: 0 there, 5 now\)"):
         fine_tune(base, task, folder=run.folder, save_every=2, seed=5, **OPTIONS)
+
+
+def test_a_peft_config_is_known_again_in_another_process():
+    script = (
+        "from peft import LoraConfig\nfrom ivlens.models.adapters import describe_config\n"
+        "print(describe_config(LoraConfig(r=4, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'])))"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(texts) == 1 and b"q_proj" in texts.pop()
 
 
 def test_nothing_is_cut_off_a_prompt_too_long_is_an_error(base, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ivlens.continual.general import GENERAL, load_general
-from ivlens.continual.recipes import RECIPES, load_sequence
+from ivlens.continual.recipes import load_sequence
 from ivlens.tasks.suite import TaskSuite, load_tasks
 from ivlens.tasks.task import Task
 from ivlens.training.guidance import KL, Guidance
@@ -39,7 +39,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, Mapping) or "sequence" not in content:
         raise ValueError(f"{path} names no sequence; it needs at least `sequence:` with a recipe or a list of tasks")
     _check_keys(content, str(path))

@@ -14,6 +14,7 @@ import torch
 
 from ivlens.continual.general import overlapping
 from ivlens.continual.scoring import Scoring
+from ivlens.models.adapters import describe_config
 from ivlens.models.loading import as_dtype
 from ivlens.storage import read_json, write_json
 from ivlens.tasks.suite import TaskSuite
@@ -132,7 +133,7 @@ class Experiment:
             "model": self.model,
             "sequence": self.sequence.names,
             "data": _digest(*_contents(self.sequence)),
-            "training": json.loads(json.dumps(self.training, default=repr)),
+            "training": json.loads(json.dumps(self.training, default=describe_config)),
             "heads_per_vector": self.heads_per_vector,
             "vector_shots": self.vector_shots,
         }

@@ -111,6 +111,12 @@ def adapter_distance(peft_model: Any, name: str) -> float:
     return total**0.5 if total else float("nan")
 
 
+def describe_config(config: Any) -> str:
+    """A peft config as text that is the same in every process: its sets are sorted."""
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
 def adapter_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder."""
     from safetensors.torch import load_file

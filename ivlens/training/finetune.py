@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivlens.models.adapters import WEIGHTS, add_adapter, freeze_adapter, record_base, stack_adapters
+from ivlens.models.adapters import (
+    WEIGHTS,
+    add_adapter,
+    describe_config,
+    freeze_adapter,
+    record_base,
+    stack_adapters,
+)
 from ivlens.models.backends import weights_fingerprint
 from ivlens.models.checkpoints import FINAL
 from ivlens.models.loading import as_dtype, load_hf, tokenizing_backend
@@ -101,7 +108,7 @@ def fine_tune(
         "base_fingerprint": weights_fingerprint(hf_model),
         "tasks": suite.names,
         "method": repr(chosen),
-        "weights": "LoRA" if lora is True else "every weight" if lora is False else repr(lora),
+        "weights": "LoRA" if lora is True else "every weight" if lora is False else describe_config(lora),
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
