@@ -1,6 +1,6 @@
 """A continual-learning run killed with SIGKILL at random moments and started again: the same numbers, nothing trained twice.
 
-    python benchmarks/killed.py --out killed --kills 10
+python benchmarks/killed.py --out killed --kills 10
 """
 
 from __future__ import annotations

@@ -137,9 +137,7 @@ def test_what_is_finished_is_not_done_again_and_methods_can_be_added(done, seque
     monkeypatch.undo()
     trained = []
     original = runner.fine_tune
-    monkeypatch.setattr(
-        runner, "fine_tune", lambda *a, **k: (trained.append(k["folder"]), original(*a, **k))[1]
-    )
+    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: (trained.append(k["folder"]), original(*a, **k))[1])
     more = run(sequence, folder=folder, **{**options, "methods": ["lora", "iv", "ewc"], "seeds": (0,)})
     assert {p.parent.parent.name for p in trained} == {"ewc"} and len(trained) == 2
     assert set(more.scores["method"]) == {"base", "lora", "iv", "ewc"}
