@@ -65,7 +65,6 @@ def train(folder: Path, tokenizer_folder: str, batch_size: int, accumulated: int
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-            remove_unused_columns=False,
         ),
     )
     asked = []

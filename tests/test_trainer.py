@@ -45,7 +45,7 @@ def data(tokenizer, task, other_task):
 
 
 def trainer_for(model, data, vectors, tokenizer, tmp_path, guidance, side="left", keep=None, budget=2.0, **arguments):
-    options = {"report_to": "none", "use_cpu": True, "remove_unused_columns": False, "disable_tqdm": True}
+    options = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
     options |= {
         "max_steps": 4,
         "per_device_train_batch_size": 6,

@@ -16,7 +16,7 @@ from ivlens.training.data import IGNORED
 from ivlens.training.guidance import POSITIONS, Guidance
 from ivlens.training.losses import answer_positions, last_prompt_positions
 
-__all__ = ["Batch", "Collator", "count_positions"]
+__all__ = ["Batch", "Collator", "count_positions", "kept_positions"]
 
 
 class Collator(DataCollatorForSeq2Seq):
@@ -64,8 +64,7 @@ class Batch:
         last = last_prompt_positions(labels)
         where = {"answer": answer_positions(labels), "all": inputs["attention_mask"].bool()}
         where["last"] = torch.zeros_like(where["all"]).scatter(1, last[:, None], True)
-        everything = any(term.positions == "all" for term in guidance.kl)
-        where["kept"] = where["all"] if everything else where["answer"]
+        where["kept"] = where[_kept(guidance)]
         if positioned:
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         return cls(inputs, labels, tasks, examples, last, where)
@@ -79,3 +78,13 @@ def count_positions(collated: Iterable[Mapping[str, Tensor]], device: torch.devi
         counts["last"] += len(each["labels"])
         counts["all"] += each["attention_mask"].sum().to(device)
     return torch.stack([counts[kind] for kind in POSITIONS])
+
+
+def kept_positions(labels: Iterable[list[int]], guidance: Guidance) -> int:
+    """At how many positions a teacher is kept, in rows with these labels."""
+    everything = _kept(guidance) == "all"
+    return sum(len(row) if everything else sum(label != IGNORED for label in row) for row in labels)
+
+
+def _kept(guidance: Guidance) -> str:
+    return "all" if any(term.positions == "all" for term in guidance.kl) else "answer"

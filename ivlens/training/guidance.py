@@ -31,7 +31,7 @@ class KL:
     direction, temperature
         See `losses.kl_divergence`.
     least
-        Counted only above this value (FVG's code).
+        Counted only above this value (FVG's code), in each part of a batch that is split.
     """
 
     positions: str = "answer"

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ivlens.training.batch import Batch, Collator, count_positions
+from ivlens.training.batch import Batch, Collator, count_positions, kept_positions
 from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
-from ivlens.training.data import IGNORED
 from ivlens.training.guidance import KL, POSITIONS, PRESETS, Guidance
 from ivlens.training.hooks import Injection, TrainingHooks
 from ivlens.training.losses import answer_loss, head_consistency, kl_divergence
@@ -92,6 +91,7 @@ class IVTrainer(Trainer):
         arguments.setdefault("data_collator", Collator(processing_class, tasks, side))
         numbered = train_dataset.add_column("example", list(range(len(train_dataset))))
         super().__init__(model, train_dataset=numbered, processing_class=processing_class, **arguments)
+        self.args.remove_unused_columns = False  # the collator needs those that the model doesn't
         self.model_accepts_loss_kwargs = True  # the loss is normalized over the accumulated batch here, for any model
         self.current_gradient_accumulation_steps = 1
         self.teacher_seconds = 0.0
@@ -134,6 +134,7 @@ class IVTrainer(Trainer):
             self._hooks.detach()
             self._frozen_hooks.detach()
             self._kept = self._frozen = None
+            self._off = set()
 
     def get_batch_samples(self, *args: Any) -> Any:
         samples, count = super().get_batch_samples(*args)
@@ -161,9 +162,9 @@ class IVTrainer(Trainer):
             each = [self._kl(term, plain, teacher, batch.where, totals) for term in self.guidance.kl]
             terms["kl_loss"] = share * sum(each)
         if teacher_z is not None:
-            distance = head_consistency(self._hooks.z, teacher_z) * (len(teacher_z) / totals["last"])
-            counted = distance * (distance > self.guidance.heads_least)
-            terms["heads_loss"] = share * self.guidance.heads_weight * counted
+            distance = head_consistency(self._hooks.z, teacher_z)
+            weight = share * self.guidance.heads_weight * (distance > self.guidance.heads_least)
+            terms["heads_loss"] = weight * distance * (len(teacher_z) / totals["last"])
         loss = sum(terms.values())
         self._note({**terms, "alpha": alpha} if self.guidance.progressive else terms)
         return (loss, outputs) if return_outputs else loss
@@ -241,12 +242,8 @@ class IVTrainer(Trainer):
         if self._keep is None or not self.guidance.needs_teacher:
             return None
         vocabulary = self.model.config.get_text_config().vocab_size
-        everything = any(term.positions == "all" for term in self.guidance.kl)
-        positions = sum(
-            len(labels) if everything else sum(label != IGNORED for label in labels)
-            for labels in self.train_dataset["labels"]
-        )
-        return affordable(vocabulary if self._keep == "full" else min(self._keep, vocabulary), positions, self._budget)
+        k = vocabulary if self._keep == "full" else min(self._keep, vocabulary)
+        return affordable(k, kept_positions(self.train_dataset["labels"], self.guidance), self._budget)
 
     def _keep_outputs(self, model: Any, k: int) -> KeptTeacher:
         """The teacher's outputs for every example, from the output folder if they are there."""
