@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 import ivlens as ivl
-from ivlens.continual import ContinualResults, load_general, run
+from ivlens.continual import ContinualResults, collect, load_general, run
 from ivlens.training.guidance import KL, Guidance
 from ivlens.training.methods import EWC, METHODS, Averaging, Guided, LwF, Method, OLoRA, Replay
 
@@ -84,7 +84,8 @@ class Work:
 
     def run(self, sequence: str, methods: dict[str, Method], seeds: list[int], **more: Any) -> ContinualResults:
         options = {**OPTIONS, "general": self.general, "methods": methods, "seeds": seeds, **more}
-        return run(self.sequences[sequence], folder=self.args.out / sequence, **options)
+        do = collect if self.args.tables else run
+        return do(self.sequences[sequence], folder=self.args.out / sequence, **options)
 
     # -- options, on the validation split -------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ivlens as ivl
+from ivlens.continual import collect, read_config, run, runner
 from ivlens.continual import experiment as experiments
-from ivlens.continual import read_config, run, runner
 from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
 from ivlens.models.backends import backend_of
 from ivlens.prompts import tokenize
@@ -149,6 +149,16 @@ def test_more_prompts_score_again_without_training(done, sequence, monkeypatch):
     found = run(sequence, folder=folder, **{**options, "n_prompts": 4, "methods": ["lora"], "seeds": (0,)})
     assert (found.scores.groupby(["method", "stage", "task", "shots"]).size() == 4).all()
     assert len(list((folder / "lora" / "seed-0" / "1-one").glob("scores-*.json"))) == 2
+
+
+def test_results_of_a_run_that_is_not_finished(done, sequence, tmp_path):
+    found, folder, options = done
+    options = {key: value for key, value in options.items() if key != "progress"}
+    some = collect(sequence, folder=folder, **{**options, "methods": ["iv", "replay"]})
+    mine = found.scores[found.scores["method"].isin(["base", "iv"])]
+    assert some.scores.equals(mine.reset_index(drop=True))
+    with pytest.raises(FileNotFoundError, match="no scores of the base model"):
+        collect(sequence, folder=tmp_path, **options)
 
 
 def test_other_training_in_the_same_folder_is_refused(done, sequence):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ivlens.continual.plan import Plan
 
-__all__ = ["experiment", "run"]
+__all__ = ["collect", "experiment", "run"]
 
 
 def experiment(
@@ -142,22 +142,32 @@ def run(
         from ivlens.continual.vectors import base_vectors
 
         vectors = base_vectors(load_model(what.model, backend="bridge", dtype=what.dtype), what, progress=progress)
-    base = what.scores(what.folder / "base") or _score_base(what)
-    stages = []
+    if what.scores(what.folder / "base") is None:
+        _score_base(what)
+    previous: TrainingRun | None = None
     with tqdm(total=len(list(what.stops())), desc="stages", disable=not progress) as bar:
-        previous: TrainingRun | None = None
         for stop in what.stops():
             bar.set_postfix_str(str(stop))
-            previous = None if stop.number == 1 else previous
-            found = what.scores(stop.folder) if stop.trained else None
-            if found is None:
-                previous = _train(what, stop, vectors, previous, progress)
-                found = _score(what, stop, previous, vectors)
-            else:
+            if stop.trained and what.scores(stop.folder) is not None:
                 previous = TrainingRun.load(stop.folder)
-            stages.append((stop, previous, found))
+            else:
+                previous = _train(what, stop, vectors, None if stop.number == 1 else previous, progress)
+                _score(what, stop, previous, vectors)
             bar.update()
-    return _results(what, base, stages)
+    return _results(what)
+
+
+def collect(
+    sequence: str | Iterable[Task] | Mapping[str, Task], *, folder: str | Path, **options: Any
+) -> ContinualResults:
+    """The results of what `run` with the same options has finished so far; trains and scores nothing."""
+    what = experiment(sequence, folder=folder, **options)
+    if what.scores(what.folder / "base") is None:
+        raise FileNotFoundError(
+            f"{folder} holds no scores of the base model with these options; start ivl.continual.run first"
+        )
+    what.settle()
+    return _results(what)
 
 
 def _general(general: Any) -> TaskSuite:
@@ -189,7 +199,7 @@ def _train(
     return done
 
 
-def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str, InstructionVector]) -> dict[str, Any]:
+def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str, InstructionVector]) -> None:
     checkpoint = open_checkpoints(what.model, [trained.final], dtype=what.dtype)[0][1]
     with checkpoint.use() as model:
         found: dict[str, Any] = {"scores": _scores(what, model)}
@@ -198,13 +208,11 @@ def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str
 
             found["similarity"] = similarities(model, what, vectors)
     what.keep_scores(stop.folder, found)
-    return found
 
 
-def _score_base(what: Experiment) -> dict[str, Any]:
-    found = {"scores": _scores(what, load_model(what.model, backend="bridge", dtype=what.dtype))}
-    what.keep_scores(what.folder / "base", found)
-    return found
+def _score_base(what: Experiment) -> None:
+    model = load_model(what.model, backend="bridge", dtype=what.dtype)
+    what.keep_scores(what.folder / "base", {"scores": _scores(what, model)})
 
 
 def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
@@ -225,23 +233,19 @@ def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _results(
-    what: Experiment, base: dict[str, Any], stages: list[tuple[Stop, TrainingRun, dict[str, Any]]]
-) -> ContinualResults:
+def _results(what: Experiment) -> ContinualResults:
+    """Of all stages that are scored."""
     import pandas as pd
 
-    def rows(method: str, seed: int, stage: int, found: dict[str, Any]) -> Iterable[dict[str, Any]]:
-        for part in found["scores"]:
-            about = {"method": method, "seed": seed, "stage": stage, **{k: part[k] for k in ("task", "kind", "shots")}}
-            yield from ({**about, "prompt": i, "score": value} for i, value in enumerate(part["scores"]))
-
-    scores = [*rows("base", 0, 0, base)]
-    similarity, costs = [], []
-    for stop, trained, found in stages:
+    scores, similarity, costs = [*_rows("base", 0, 0, what.scores(what.folder / "base"))], [], []
+    for stop in what.stops():
+        found = what.scores(stop.folder) if stop.trained else None
+        if found is None:
+            continue
         at = {"method": stop.label, "seed": stop.seed, "stage": stop.number}
-        scores += rows(*at.values(), found)
+        scores += _rows(*at.values(), found)
         similarity += [{**at, "task": t, "similarity": value} for t, value in found.get("similarity", {}).items()]
-        costs.append({**at, **trained.cost})
+        costs.append({**at, **TrainingRun.load(stop.folder).cost})
     metadata = {
         "model": what.model,
         "sequence": what.sequence.names,
@@ -255,3 +259,9 @@ def _results(
         "split": what.scoring.split,
     }
     return ContinualResults(pd.DataFrame(scores), pd.DataFrame(similarity), pd.DataFrame(costs), metadata)
+
+
+def _rows(method: str, seed: int, stage: int, found: Any) -> Iterator[dict[str, Any]]:
+    for part in found["scores"]:
+        about = {"method": method, "seed": seed, "stage": stage, **{k: part[k] for k in ("task", "kind", "shots")}}
+        yield from ({**about, "prompt": i, "score": value} for i, value in enumerate(part["scores"]))
