@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 import ivlens as ivl
 from ivlens.cli import app
+from ivlens.continual import ContinualResults
 from tests import tiny
 
 pytestmark = pytest.mark.model
@@ -160,3 +161,42 @@ def test_track_follows_the_checkpoints_of_a_run(folder, trained, tmp_path):
 
 def test_train_without_a_task_says_so():
     assert "name a task to train on" in run("train", code=2)
+
+
+@pytest.fixture
+def config(folder):
+    (folder / "run.yaml").write_text(f"""
+model: {folder / "model"}
+sequence:
+  - {{file: past.jsonl, instruction: Write the past form.}}
+  - {{file: choice.jsonl, instruction: Say the letter.}}
+general: [antonym]
+methods: [lora, iv]
+steps: 2
+batch_size: 2
+n_prompts: 4
+general_shots: [0]
+vector_shots: 2
+heads_per_vector: 2
+folder: sequence
+""")
+    return f"{folder / 'run.yaml'}"
+
+
+def test_continual_plans_runs_and_reports(folder, trained, config):
+    assert "to train" in run("continual", config, "--dry-run") and not (folder / "sequence").exists()
+    output = run("continual", config)
+    assert "plasticity" in output and "Wrote" in output
+    found = ContinualResults.load(folder / "sequence" / "results.json")
+    assert found.methods == ["lora", "iv"] and found.sequence == ["past", "choice"]
+    report = (folder / "sequence" / "report.html").read_text()
+    assert "Accuracy after every stage" in report and "Instruction vectors along the sequence" in report
+    only = run("continual", config, "--method", "iv", "--dry-run")
+    assert "done" in only and "lora" not in only and "to train" not in only
+
+
+def test_continual_says_what_is_wrong(config):
+    assert "name what to train on" in run("continual", code=2)
+    assert "is not in the file" in run("continual", config, "--method", "ewc", code=2)
+    assert "did you mean 'ewc'" in run("continual", "-t", "antonym", "-t", "sentiment", "--method", "ewcc", code=2)
+    assert "unknown task" in run("continual", "-t", "antonim", "-t", "sentiment", code=2)

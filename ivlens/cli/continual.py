@@ -11,6 +11,8 @@ from ivlens.cli.app import app
 from ivlens.cli.common import ModelName, Out, about, print_table, readable_errors, say
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ivlens.continual import ContinualResults
 
 
@@ -59,7 +61,7 @@ def continual(
             return
         found.save(folder / "results.json")
         _report(found, folder)
-    print_table(found.table().reset_index(), "Points of accuracy, with 95 % intervals over prompts")
+    print_table(_means(found), "Means over tasks and seeds, in points; intervals are in the report")
     say(f"Wrote {folder / 'results.json'} and {folder / 'report.html'}")
 
 
@@ -76,6 +78,13 @@ def _only(methods, chosen: list[str]):
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--method {unknown[0]} is not in the file, which has {', '.join(known)}")
     return {name: known[name] for name in chosen}
+
+
+def _means(found: ContinualResults) -> pd.DataFrame:
+    """Narrow enough for a terminal."""
+    table = found.to_dataframe().pivot(index="method", columns="metric", values="mean") * 100
+    columns = ["OP", "BWT", "GP", "IP", "plasticity", "forgetting"]
+    return table.reindex(index=["base", *found.methods], columns=columns).reset_index()
 
 
 def _report(found: ContinualResults, folder: Path) -> None:
