@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -184,22 +183,38 @@ def test_a_plan_says_what_is_left(done, sequence, tmp_path):
     assert some.minutes > 0 and "minutes" in repr(some) and not (folder / "lwf").exists()
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_numbers(base, sequence, choice, tmp_path):
-    script = (
-        "import sys\nfrom tests.test_continual import OPTIONS, adding\nfrom ivlens.continual import run\n"
-        "run([adding(1, 'one'), adding(2, 'two')], folder=sys.argv[2], model=sys.argv[1], methods=['ewc', 'iv'], **OPTIONS)\n"
-    )
+KILLED = """
+import os, signal, sys
+from transformers import Trainer
+from ivlens.continual import run
+from tests.test_continual import OPTIONS, adding
+
+left = int(sys.argv[3])
+
+def counted(original):
+    def wrapped(*args, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+    return wrapped
+
+Trainer.training_step, os.replace = counted(Trainer.training_step), counted(os.replace)
+run([adding(1, "one"), adding(2, "two")], folder=sys.argv[2], model=sys.argv[1], methods=["ewc", "iv"], **OPTIONS)
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_numbers(base, sequence, tmp_path):
     whole = run(sequence, folder=tmp_path / "whole", model=base, methods=["ewc", "iv"], **OPTIONS)
-    command = [sys.executable, "-c", script, base, str(tmp_path / "killed")]
-    kills = 0
-    for attempt in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(6 + 1.3 * attempt)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    finished = {}
+    for moment in (6, 3, 7):  # steps of training and files about to be put in their place, until it is killed
+        command = [sys.executable, "-c", KILLED, base, str(tmp_path / "killed"), str(moment)]
+        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+        now = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("log.json")}
+        assert all(now[p] == written for p, written in finished.items()), "trained twice"
+        finished = now
     again = run(sequence, folder=tmp_path / "killed", model=base, methods=["ewc", "iv"], **OPTIONS)
-    assert kills, "it was over before it was killed"
     assert again.scores.equals(whole.scores) and again.similarity.equals(whole.similarity)
 
 
