@@ -108,7 +108,7 @@ class Work:
 
     def print_tune(self) -> None:
         for name in filter(self.wanted, TRIES):
-            print(f"\n{(100 * self.tried(name)).round(1).to_markdown()}")
+            print(f"\n{markdown((100 * self.tried(name)).round(1).reset_index())}")
 
     # -- every method on one sequence -----------------------------------------------------------------------------------
 
@@ -157,13 +157,18 @@ class Work:
 
 
 def show(found: ContinualResults, figures: Path) -> None:
-    print(f"\n{' → '.join(found.metadata['sequence'])}\n\n{found.table().to_markdown()}\n")
-    print(found.versus("lora").to_markdown(index=False))
-    print(found.costs.groupby("method", sort=False).mean(numeric_only=True).round(1).to_markdown())
+    print(f"\n{' → '.join(found.metadata['sequence'])}\n\n{markdown(found.table().reset_index())}\n")
+    print(markdown(found.versus("lora").round(3)), "\n")
+    print(markdown(found.costs.groupby("method", sort=False).mean(numeric_only=True).round(1).reset_index()))
     print("Pareto front:", ", ".join(found.pareto()))
     figures.mkdir(parents=True, exist_ok=True)
     for kind in ("scatter", "matrix", "similarity", "general"):
         found.plot(kind).write_html(figures / f"{kind}.html", include_plotlyjs="cdn")
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(str(value) for value in row)} |" for row in rows)
 
 
 if __name__ == "__main__":
