@@ -48,7 +48,7 @@ def main() -> None:
     while kills < args.kills:
         process = subprocess.Popen([sys.executable, __file__, "--only", str(args.out / "killed")])
         try:
-            process.wait(timeout=rng.uniform(6, 6 + seconds / args.kills))
+            process.wait(timeout=rng.uniform(6, 6 + 1.5 * seconds / args.kills))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
