@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ivlens.decoding import complete
 from ivlens.extraction import extract_vector, random_vector
 from ivlens.models.backends import Backend, backend_of
-from ivlens.prompts import Prompt, build_prompts, tokenize
+from ivlens.prompts import Prompt, build_prompts, common_stop, tokenize
 from ivlens.statistics import bootstrap_mean, wilson
 from ivlens.steering import Injection
 from ivlens.storage import read_json, write_json
@@ -232,9 +232,9 @@ def _score(
     # Room for the longest right answer and the token that ends it.
     max_new_tokens = max(len(t.answer) for t in tokenized) + 1 if generated else None
     done = complete(
-        backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=prompts[0].stop, batch_size=batch_size
+        backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=common_stop(prompts), batch_size=batch_size
     )
-    rouge = _rouge() if "rouge_l" in metrics else None
+    rouge = rouge_scorer() if "rouge_l" in metrics else None
     rows = []
     for condition, result in done.items():
         for i, prompt in enumerate(prompts):
@@ -249,7 +249,8 @@ def _score(
     return rows
 
 
-def _rouge() -> Any:
+def rouge_scorer() -> Any:
+    """Gives ROUGE-L."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"])

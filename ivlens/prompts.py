@@ -25,6 +25,7 @@ __all__ = [
     "Prompt",
     "TokenizedPrompt",
     "build_prompts",
+    "common_stop",
     "counterfactual",
     "fill_right",
     "pad_left",
@@ -62,11 +63,6 @@ class Prompt:
     def answer(self) -> str:
         """The answer as it continues the rendered prompt (with its leading space in style `qa`)."""
         return f" {self.query.output}" if self.style == "qa" else self.query.output
-
-    @property
-    def stop(self) -> str:
-        """The text that ends a generated answer."""
-        return "\n"
 
     def render(self, tokenizer: Any = None) -> str:
         """The prompt as text, up to where the answer begins.
@@ -106,6 +102,11 @@ class TokenizedPrompt:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] = ()
+
+
+def common_stop(prompts: Sequence[Prompt]) -> str | None:
+    """The text that ends generated answers: a line's end, or None, where the model says so, if some have several lines."""
+    return None if any("\n" in prompt.query.output.strip() for prompt in prompts) else "\n"
 
 
 def build_prompts(

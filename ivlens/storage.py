@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["read_json", "read_tensors", "write_json", "write_tensors"]
+__all__ = ["read_json", "read_tensors", "write_json", "write_tensors", "write_text"]
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Path:
@@ -64,10 +64,15 @@ def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str
 
 def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> Path:
     """Write a JSON file that says what it holds, replacing it in one step."""
+    return write_text(path, json.dumps({"kind": kind, **content}, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file, replacing it in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps({"kind": kind, **content}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
 

@@ -10,7 +10,7 @@ import torch
 
 import ivlens as ivl
 from ivlens.models import backend_of
-from ivlens.prompts import COUNTERFACTUALS, counterfactual, pad_left, tokenize
+from ivlens.prompts import COUNTERFACTUALS, common_stop, counterfactual, pad_left, tokenize
 from tests import tiny
 
 GO, WALK, JUMP = ivl.Example("go", "went"), ivl.Example("walk", "walked"), ivl.Example("jump", "jumped")
@@ -233,3 +233,8 @@ def test_pad_left_fills_up_on_the_left_and_masks_it():
     tokens, mask = pad_left([(5, 6, 7), (8,)], 2)
     assert torch.equal(tokens, torch.tensor([[5, 6, 7], [2, 2, 8]]))
     assert torch.equal(mask, torch.tensor([[1, 1, 1], [0, 0, 1]]))
+
+
+def test_an_answer_of_several_lines_does_not_end_with_its_first():
+    one, two = ivl.Prompt(ivl.Example("a", "b")), ivl.Prompt(ivl.Example("a", "b\nbecause"))
+    assert common_stop([one, one]) == "\n" and common_stop([one, two]) is None

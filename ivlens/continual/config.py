@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from ivlens.continual.general import GENERAL, load_general
 from ivlens.continual.recipes import load_sequence
+from ivlens.names import hint
 from ivlens.tasks.suite import TaskSuite, load_tasks
 from ivlens.tasks.task import Task
 from ivlens.training.guidance import KL, Guidance
@@ -66,11 +66,8 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
     known += [f.name for f in fields(TrainingArguments)]
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-            hint = (
-                f"did you mean {' or '.join(map(repr, near))}?" if near else "see ivl.continual.run for what there is"
-            )
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+            otherwise = "see ivl.continual.run for what there is"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint(key, known, otherwise)}")
 
 
 def _sequence(given: Any, folder: Path) -> TaskSuite:

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ivlens.models.adapters import describe_config
 from ivlens.models.loading import as_dtype
 from ivlens.storage import read_json, write_json
 from ivlens.tasks.suite import TaskSuite
+from ivlens.tasks.task import Task
 from ivlens.training.methods import Method
 from ivlens.training.run import LOG
 
@@ -106,11 +108,19 @@ class Experiment:
                     folder = self.folder / _path(label) / f"seed-{seed}" / f"{number}-{_path(task)}"
                     yield Stop(label, method, seed, number, task, folder)
 
+    def looks(self) -> Iterator[tuple[str, Task, dict[str, Any]]]:
+        """What is scored after a stage: kind, task, and how its prompts look. Trained tasks are asked as in training."""
+        for task in self.sequence.values():
+            yield "trained", task, {key: self.training[key] for key in ("shots", "instruction", "style")}
+        for task in self.general.values():
+            for shots in self.scoring.general_shots:
+                yield "general", task, {"shots": shots, "instruction": True, "style": self.training["style"]}
+
     @property
     def dtype(self) -> torch.dtype:
         return as_dtype(self.training["dtype"])
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What must be the same for kept scores to count."""
         return _digest(self.scoring, *_contents(self.general, self.sequence), self.training["style"], self.similarity)

@@ -13,7 +13,7 @@ from typing import Any
 from ivlens.continual.layouts import read_rows, sample
 from ivlens.continual.recipes import check_known
 from ivlens.tasks.suite import TaskSuite
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import SPLIT_ALIASES, Task
 
 __all__ = ["GENERAL", "Benchmark", "load_general", "overlapping"]
 
@@ -251,7 +251,7 @@ def _asked_plainly(row: Mapping[str, Any]) -> Record:
 def _with_splits(records: list[Record], name: str, seed: int) -> list[Record]:
     by_split: dict[str, list[Record]] = {"train": [], "valid": [], "test": []}
     for record in records:
-        split = {"validation": "valid", "dev": "valid"}.get(record["split"], record["split"])
+        split = SPLIT_ALIASES.get(record["split"], record["split"])
         by_split.setdefault(split, []).append(record)  # Task.from_records objects to an unknown one
     if not by_split["test"]:
         by_split["test"], by_split["valid"] = by_split["valid"], []

@@ -98,12 +98,10 @@ def _step_seconds(experiment: Experiment) -> float:
 def _score_seconds(experiment: Experiment) -> float:
     """Time per token of one batch, times the tokens of all prompts beyond what they share, options and answers included."""
     backend = backend_of(load_model(experiment.model, backend="bridge", dtype=experiment.dtype))
-    style, training = experiment.training["style"], experiment.training
-    looks = [(task, training["shots"], training["instruction"]) for task in experiment.sequence.values()]
-    looks += [(task, shots, True) for task in experiment.general.values() for shots in experiment.scoring.general_shots]
     tokens = 0
-    for task, shots, instruction in looks:
-        prompts = scored_prompts(task, experiment.scoring, shots=0, instruction=instruction, style=style)
+    for _, task, look in experiment.looks():
+        shots = look["shots"]
+        prompts = scored_prompts(task, experiment.scoring, **{**look, "shots": 0})
         rows = tokenize(backend, prompts)
         told = [sum(map(len, p.query.choices or ())) / 4 for p in prompts]  # about four characters a token
         tokens += sum(len(row.prompt) + 2 * len(row.answer) + more for row, more in zip(rows, told))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ivlens.continual.layouts import EXPECTED, READERS, sample
+from ivlens.names import hint
 from ivlens.tasks.suite import TaskSuite, load_tasks
 
 __all__ = ["RECIPES", "Recipe", "check_known", "load_sequence"]
@@ -162,10 +162,7 @@ def _download(name: str, recipe: Recipe) -> Path:
         raise OSError(f"can't get {recipe.hub} from the hub ({error}); try again, or {by_hand}") from error
 
 
-def check_known(name: str, known: Iterable[str], what: str) -> None:
+def check_known(name: str, known: Collection[str], what: str) -> None:
     """Raise ValueError, with near names, if a name is not among those known."""
-    known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(known)}"
-        raise ValueError(f"unknown {what} {name!r}; {hint}")
+        raise ValueError(f"unknown {what} {name!r}; {hint(name, known)}")

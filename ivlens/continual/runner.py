@@ -141,7 +141,7 @@ def run(
     if what.similarity or any(isinstance(method, Guided) for method in what.methods.values()):
         from ivlens.continual.vectors import base_vectors
 
-        vectors = base_vectors(load_model(what.model, backend="bridge", dtype=what.dtype), what, progress=progress)
+        vectors = base_vectors(what, progress=progress)
     if what.scores(what.folder / "base") is None:
         _score_base(what)
     previous: TrainingRun | None = None
@@ -216,19 +216,9 @@ def _score_base(what: Experiment) -> None:
 
 
 def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
-    """Every task under every number of demonstrations: trained tasks asked as in training, general ones with an instruction."""
-    style, backend = what.training["style"], backend_of(model)
-    asked = {"shots": what.training["shots"], "instruction": what.training["instruction"]}
-    looks = [("trained", task, asked) for task in what.sequence.values()]
-    looks += [
-        ("general", task, {"shots": shots, "instruction": True})
-        for task in what.general.values()
-        for shots in what.scoring.general_shots
-    ]
-    found = []
-    for kind, task, look in looks:
-        prompts = scored_prompts(task, what.scoring, style=style, **look)
-        values = score_task(backend, task, prompts, what.scoring)
+    backend, found = backend_of(model), []
+    for kind, task, look in what.looks():
+        values = score_task(backend, task, scored_prompts(task, what.scoring, **look), what.scoring)
         found.append({"task": task.name, "kind": kind, "shots": look["shots"], "scores": values})
     return found
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ivlens.decoding import choose, complete
+from ivlens.evaluation import rouge_scorer
 from ivlens.models.backends import Backend
-from ivlens.prompts import Prompt, build_prompts, tokenize
+from ivlens.prompts import Prompt, build_prompts, common_stop, tokenize
 from ivlens.tasks.task import Task
 
 __all__ = ["METRICS", "Scoring", "free_text", "score_task", "scored_prompts"]
@@ -76,16 +77,16 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
     rows = tokenize(backend, prompts)
     if all(prompt.query.choices for prompt in prompts):
         return _choice_hits(backend, prompts, rows, scoring.batch_size)
-    # An answer of several lines ends where the model says so; of one line, at its end.
-    stop = None if any("\n" in prompt.query.output.strip() for prompt in prompts) else prompts[0].stop
     room = max(len(row.answer) for row in rows) + 1
-    options: dict[str, Any] = {"max_new_tokens": room, "stop": stop, "batch_size": scoring.batch_size}
+    options: dict[str, Any] = {
+        "max_new_tokens": room,
+        "stop": common_stop(prompts),
+        "batch_size": scoring.batch_size,
+    }
     texts = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, **options)[""].texts
     pairs = [(prompt.query.output.strip(), text.strip()) for prompt, text in zip(prompts, texts)]
     if scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task)):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        scorer = RougeScorer(["rougeL"])
+        scorer = rouge_scorer()
         return [scorer.score(answer, text)["rougeL"].fmeasure for answer, text in pairs]
     return [float(answer == text) for answer, text in pairs]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from ivlens.names import hint
 from ivlens.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ class TaskSuite(Mapping[str, Task]):
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from {', '.join(known)}"
-    return f"unknown task {name!r}; {hint}"
+    return f"unknown task {name!r}; {hint(name, sorted(known))}"
 
 
 @cache

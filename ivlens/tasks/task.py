@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Example", "Task"]
 
 SPLITS = ("train", "valid", "test")
+SPLIT_ALIASES = {"validation": "valid", "dev": "valid"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Task:
         for i, record in enumerate(records):
             example = _example(record, names, name, i)
             split = record.get(names["split"])
-            split = {"validation": "valid", "dev": "valid"}.get(split, split)
+            split = SPLIT_ALIASES.get(split, split)
             if split is not None and split not in SPLITS:
                 raise ValueError(f"record {i} of task {name!r} has split={split!r}; choose one of {', '.join(SPLITS)}")
             (loose if split is None else examples[split]).append(example)

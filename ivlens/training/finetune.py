@@ -27,10 +27,11 @@ from ivlens.models.backends import weights_fingerprint
 from ivlens.models.checkpoints import FINAL
 from ivlens.models.loading import as_dtype, load_hf, tokenizing_backend
 from ivlens.prompts import build_prompts
+from ivlens.storage import write_text
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.data import answer_dataset
-from ivlens.training.run import LOG, SAVED, TrainingRun, settled, usable_checkpoint, write_text
+from ivlens.training.run import LOG, SAVED, TrainingRun, settled, usable_checkpoint
 from ivlens.vectors import InstructionVector
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: b
     if previous is None:
         return None
     run = previous if isinstance(previous, TrainingRun) else TrainingRun.load(previous)
-    if method.keeps and not (run.folder / "memory").is_dir():
+    if method.keeps and run.settings["method"].split("(")[0] != type(method).__name__:
         raise ValueError(
             f"{run.folder} kept nothing for {type(method).__name__} ({run.settings['method']} trained it); "
             "train the stages before with the same method"
@@ -237,9 +238,7 @@ def _trainer(
             if not state.is_world_process_zero:
                 return
             saved = stage.folder / f"checkpoint-{state.global_step}"
-            if record and not (
-                method.fresh and before
-            ):  # else it is an adapter on the base with the earlier ones merged in
+            if record and not (method.fresh and before):  # a fresh adapter alone, without the earlier ones, is no model
                 record_base(saved, **record)
             (saved / SAVED).touch()
 
@@ -258,17 +257,17 @@ def _trainer(
 
 def _save(stage: Any, below: Path | None, record: Mapping[str, str]) -> None:
     """The outcome, with the adapters below it stacked into one; in place only once it is whole."""
-    partial = stage.folder / f"{FINAL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    stage.model.save_pretrained(partial)
+    unfinished = stage.folder / f"{FINAL}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    stage.model.save_pretrained(unfinished)
     if record:
-        record_base(partial, **record)
+        record_base(unfinished, **record)
     else:
-        stage.tokenizer.save_pretrained(partial)
+        stage.tokenizer.save_pretrained(unfinished)
     if below is not None:
-        stack_adapters(below / FINAL, partial)
+        stack_adapters(below / FINAL, unfinished)
     shutil.rmtree(stage.folder / FINAL, ignore_errors=True)
-    partial.rename(stage.folder / FINAL)
+    unfinished.rename(stage.folder / FINAL)
 
 
 def _cost(stage: Any, trainer: Any) -> dict[str, float]:

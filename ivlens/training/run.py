@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
+from ivlens.storage import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["LOG", "SAVED", "TrainingRun", "settled", "usable_checkpoint", "write_text"]
+__all__ = ["LOG", "SAVED", "TrainingRun", "settled", "usable_checkpoint"]
 
 LOG = "log.json"
 SAVED = "saved"  # in a checkpoint that was written to its end
@@ -93,7 +93,6 @@ def settled(folder: Path, settings: dict[str, Any]) -> bool:
             what = ", ".join(f"{key}: {known.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
             raise ValueError(f"{folder} holds another training run ({what}); choose another folder or remove that one")
         return (folder / LOG).is_file()
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
     return False
 
@@ -105,10 +104,3 @@ def usable_checkpoint(folder: Path) -> Path | None:
             return path
         shutil.rmtree(path)
     return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

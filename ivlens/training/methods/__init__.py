@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from ivlens.names import hint
 from ivlens.training.methods.averaging import Averaging
 from ivlens.training.methods.ewc import EWC
 from ivlens.training.methods.guided import Guided
@@ -52,7 +51,5 @@ def as_method(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose one of {', '.join(METHODS)}"
-        raise ValueError(f"method={method!r} is unknown; {hint}")
+        raise ValueError(f"method={method!r} is unknown; {hint(method, METHODS)}")
     return METHODS[method]
