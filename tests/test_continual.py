@@ -183,13 +183,16 @@ def test_a_plan_says_what_is_left(done, sequence, tmp_path):
     assert some.minutes > 0 and "minutes" in repr(some) and not (folder / "lwf").exists()
 
 
+# Sums are split among threads, so the same numbers to the last bit need as many threads as this process has.
 KILLED = """
 import os, signal, sys
+import torch
 from transformers import Trainer
 from ivlens.continual import run
 from tests.test_continual import OPTIONS, adding
 
 left = int(sys.argv[3])
+torch.set_num_threads(int(sys.argv[4]))
 
 def counted(original):
     def wrapped(*args, **options):
@@ -210,6 +213,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_numbers(base, sequence, t
     finished = {}
     for moment in (6, 3, 7):  # steps of training and files about to be put in their place, until it is killed
         command = [sys.executable, "-c", KILLED, base, str(tmp_path / "killed"), str(moment)]
+        command.append(str(torch.get_num_threads()))
         assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
         now = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("log.json")}
         assert all(now[p] == written for p, written in finished.items()), "trained twice"
