@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backends import Backend
+from ivlens.models.memory import out_of_memory
 from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
 from ivlens.steering import Injection
 
@@ -53,7 +55,8 @@ def complete(
     """
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     reader = _Reader(backend, rows)
-    for index, tokens, mask in _batches(backend, rows, batch_size):
+
+    def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
         batch = [rows[i] for i in index]
         plain = reader.read(tokens, mask)
         for name, injection in injections.items():
@@ -71,6 +74,8 @@ def complete(
                     done[name].texts[i] = text
             if bar is not None:
                 bar.update(len(index))
+
+    _in_batches(backend, rows, batch_size, work)
     return done
 
 
@@ -85,25 +90,39 @@ def choose(
     """Log-probability (nats) of each of a prompt's choices as its answer, the prompt read once for all of them."""
     found: list[list[float]] = [[] for _ in rows]
     reader = _Reader(backend, rows)
-    for index, tokens, mask in _batches(backend, rows, batch_size):
-        cache = reader.read(tokens, mask)
+
+    def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
+        cache, columns = reader.read(tokens, mask), []
         for k in range(max(len(choices[i]) for i in index)):
             # Where a prompt has fewer choices, its last one runs along and isn't counted.
             answers = [choices[i][min(k, len(choices[i]) - 1)] for i in index]
-            _, log_probability = _score(_Run(backend, tokens, mask, cache, None), answers)
-            for i, lp in zip(index, log_probability):
-                found[i] += [lp] if k < len(choices[i]) else []
+            columns.append(_score(_Run(backend, tokens, mask, cache, None), answers)[1])
+        for i, values in zip(index, zip(*columns)):
+            found[i] = list(values[: len(choices[i])])
+
+    _in_batches(backend, rows, batch_size, work)
     return found
 
 
-def _batches(
-    backend: Backend, rows: Sequence[TokenizedPrompt], batch_size: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Prompts of like length together: their numbers, tokens padded on the left, and mask."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        yield index, *pad_left([rows[i].prompt for i in index], rows[index[0]].prompt[0], backend.device)
+def _in_batches(
+    backend: Backend,
+    rows: Sequence[TokenizedPrompt],
+    batch_size: int,
+    work: Callable[[list[int], Tensor, Tensor], None],
+) -> None:
+    """Prompts of like length together: their numbers, tokens padded on the left, and mask. Halved where memory runs out."""
+    left = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    while left:
+        index = left[:batch_size]
+        try:
+            work(index, *pad_left([rows[i].prompt for i in index], rows[index[0]].prompt[0], backend.device))
+        except RuntimeError as error:
+            if not out_of_memory(error) or len(index) == 1:
+                raise
+            batch_size = len(index) // 2
+            warnings.warn(f"out of memory; going on with batch_size={batch_size}", stacklevel=4)
+            continue
+        left = left[batch_size:]
 
 
 class _Reader:

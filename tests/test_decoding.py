@@ -175,3 +175,31 @@ def test_choices_are_scored_as_by_full_forward_passes(load, name):
             for option, value in zip(options, values):
                 chances = slow_logits(model, row, option[:-1], None).log_softmax(-1)
                 assert value == pytest.approx(sum(chances[j, t].item() for j, t in enumerate(option)), abs=3e-4)
+
+
+def test_running_out_of_memory_halves_the_batch_and_gives_the_same(model, injections, monkeypatch):
+    rows, choices = rows_of(9, 3, 6, 13, 3), [[(7, 8, 9), (4,)], [(3,)], [(5,), (6,)], [(8,)], [(9, 1), (2,)]]
+    backend = backend_of(model)
+    texts = complete(backend, rows, injections, max_new_tokens=4, stop=None)
+    values = choose(backend, rows, choices)
+    forward, sizes, limit = type(backend).forward, [], 2
+
+    def limited(self, tokens, mask, **options):
+        sizes.append(len(tokens))
+        if len(tokens) > limit:
+            raise torch.OutOfMemoryError("no memory left")
+        return forward(self, tokens, mask, **options)
+
+    monkeypatch.setattr(type(backend), "forward", limited)
+    with pytest.warns(UserWarning, match="out of memory; going on with batch_size=2"):
+        again = complete(backend, rows, injections, max_new_tokens=4, stop=None)
+    for condition, done in again.items():
+        assert done.texts == texts[condition].texts
+        assert done.log_probability == pytest.approx(texts[condition].log_probability, abs=1e-4)
+    with pytest.warns(UserWarning, match="out of memory"):
+        for found, expected in zip(choose(backend, rows, choices), values):
+            assert found == pytest.approx(expected, abs=1e-4)
+    assert sizes[0] == 5 and sizes[-1] <= limit
+    limit = 0
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
+        complete(backend, rows, injections, max_new_tokens=4)

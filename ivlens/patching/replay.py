@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ivlens.models.backends import Backend, Prefix
+from ivlens.models.memory import out_of_memory
 from ivlens.patching.metrics import WHOLE_ANSWER, measure
 from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
 
@@ -137,7 +138,7 @@ class Sweep:
 
     def _make_room(self, error: RuntimeError, block: int) -> None:
         """Halve the rows after running out of memory; raise any other error, and where no less is possible."""
-        if not _out_of_memory(error) or self.max_rows <= 2 * block:
+        if not out_of_memory(error) or self.max_rows <= 2 * block:
             raise error
         self.max_rows //= 2
         warnings.warn(f"out of memory; going on with max_rows={self.max_rows}", stacklevel=4)
@@ -248,7 +249,7 @@ class Sweep:
         except ReplayError as error:
             reason = str(error)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-            if _out_of_memory(error) or "didn't fire" in str(error):
+            if out_of_memory(error) or "didn't fire" in str(error):
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason is not None and self.method == "replay":
@@ -319,7 +320,3 @@ def _from_end(prompt: Sequence[int], position: int, i: int) -> int:
 
 def _probability_difference(a: Tensor, b: Tensor) -> float:
     return (a.float().softmax(-1) - b.float().softmax(-1)).abs().max().item()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
