@@ -40,6 +40,7 @@ def complete(
     *,
     max_new_tokens: int | None = None,
     stop: str | None = "\n",
+    wanted: Sequence[str] | None = None,
     batch_size: int = 64,
     bar: tqdm | None = None,
 ) -> dict[str, Completions]:
@@ -52,6 +53,8 @@ def complete(
     ----------
     max_new_tokens
         How far to decode; None scores the prompts' answers only.
+    wanted
+        Per prompt, the only text that matters: decoding ends early where it can't become this.
     """
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     reader = _Reader(backend, rows)
@@ -69,7 +72,8 @@ def complete(
                 for i, f, lp in zip(index, first, log_probability):
                     done[name].first_token[i], done[name].log_probability[i] = f, lp
             if max_new_tokens:
-                texts = _decode(_Run(backend, tokens, mask, cache, injection), max_new_tokens, stop)
+                only = None if wanted is None else [wanted[i] for i in index]
+                texts = _decode(_Run(backend, tokens, mask, cache, injection), max_new_tokens, stop, only)
                 for i, text in zip(index, texts):
                     done[name].texts[i] = text
             if bar is not None:
@@ -226,7 +230,7 @@ def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], li
     return first, torch.where(counted, per_token, 0.0).sum(-1).tolist()
 
 
-def _decode(run: _Run, max_new_tokens: int, stop: str | None) -> list[str]:
+def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[str] | None) -> list[str]:
     tokenizer, rows = run.backend.tokenizer, len(run.fed)
     ends = set(_as_list(tokenizer.eos_token_id))
     written: list[list[int]] = [[] for _ in range(rows)]
@@ -245,10 +249,18 @@ def _decode(run: _Run, max_new_tokens: int, stop: str | None) -> list[str]:
                 lead = len(texts[row]) - len(texts[row].lstrip())
                 texts[row] = texts[row][:lead] + texts[row].lstrip().split(stop)[0]
                 open_rows.discard(row)
+            elif wanted is not None and not _may_become(texts[row], wanted[row]):
+                open_rows.discard(row)
         if not open_rows or step == max_new_tokens - 1:
             break
         logits = run.step(last)
     return texts
+
+
+def _may_become(text: str, wanted: str) -> bool:
+    """Whether more tokens can make this text that one, but for white space, which some tokenizers take back later."""
+    begun, whole = ("".join(x.split()) for x in (text, wanted))
+    return whole.startswith(begun.rstrip("\ufffd"))  # half a character
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:

@@ -203,3 +203,24 @@ def test_running_out_of_memory_halves_the_batch_and_gives_the_same(model, inject
     limit = 0
     with pytest.warns(UserWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
         complete(backend, rows, injections, max_new_tokens=4)
+
+
+def test_where_only_one_text_matters_decoding_ends_once_it_is_out_of_reach(model, monkeypatch):
+    rows, backend = rows_of(9, 6, 13), backend_of(model)
+    (free,) = complete(backend, rows, {"": None}, max_new_tokens=8, stop=None).values()
+    forward, passes = type(backend).forward, []
+    monkeypatch.setattr(type(backend), "forward", lambda self, *a, **k: (passes.append(1), forward(self, *a, **k))[1])
+
+    def decoded(*wanted):
+        passes.clear()
+        (found,) = complete(backend, rows, {"": None}, max_new_tokens=8, stop=None, wanted=wanted).values()
+        return found.texts, len(passes)
+
+    right = [text.strip() for text in free.texts]
+    texts, most = decoded(*right)
+    assert texts == free.texts
+    texts, _ = decoded("nothing", right[1], f"{right[2]} and more")
+    assert [text.strip() == r for text, r in zip(texts, right)] == [False, True, True]
+    assert free.texts[0].startswith(texts[0])
+    _, least = decoded("nothing", "at", "all")
+    assert least <= 3 < most == 9, "the prompts, the first token, and one more after half a character"

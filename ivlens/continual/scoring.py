@@ -77,18 +77,20 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
     rows = tokenize(backend, prompts)
     if all(prompt.query.choices for prompt in prompts):
         return _choice_hits(backend, prompts, rows, scoring.batch_size)
-    room = max(len(row.answer) for row in rows) + 1
+    overlap = scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task))
+    answers = [prompt.query.output.strip() for prompt in prompts]
     options: dict[str, Any] = {
-        "max_new_tokens": room,
+        "max_new_tokens": max(len(row.answer) for row in rows) + 1,
         "stop": common_stop(prompts),
+        "wanted": None if overlap else answers,
         "batch_size": scoring.batch_size,
     }
-    texts = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, **options)[""].texts
-    pairs = [(prompt.query.output.strip(), text.strip()) for prompt, text in zip(prompts, texts)]
-    if scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task)):
+    found = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, **options)[""].texts
+    texts = [text.strip() for text in found]
+    if overlap:
         scorer = rouge_scorer()
-        return [scorer.score(answer, text)["rougeL"].fmeasure for answer, text in pairs]
-    return [float(answer == text) for answer, text in pairs]
+        return [scorer.score(answer, text)["rougeL"].fmeasure for answer, text in zip(answers, texts)]
+    return [float(answer == text) for answer, text in zip(answers, texts)]
 
 
 def _choice_hits(backend: Backend, prompts: list[Prompt], rows: Iterable[Any], batch_size: int) -> list[float]:
