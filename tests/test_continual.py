@@ -69,7 +69,7 @@ def test_every_stage_is_scored_on_every_task(done, sequence, choice):
     assert len(found.similarity) == 2 * 2 * 2 * 2 and found.similarity["similarity"].between(-1, 1).all()
     assert len(found.costs) == 8 and (found.costs["seconds"] > 0).all()
     assert sorted(p.name for p in (folder / "iv" / "seed-1").iterdir()) == ["1-one", "2-two"]
-    assert not list(folder.rglob("checkpoint-*"))
+    assert not [*folder.rglob("checkpoint-*"), *folder.rglob("teacher-*")]
     assert found.metadata["sequence"] == ["one", "two"]
 
 

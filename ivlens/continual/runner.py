@@ -194,8 +194,10 @@ def _train(
         progress=progress,
         **what.training,
     )
-    for checkpoint in checkpoints_in(stop.folder):  # they were for going on after an interruption
+    for checkpoint in checkpoints_in(stop.folder):  # these and the teacher's outputs were for going on after an interruption
         shutil.rmtree(checkpoint)
+    for kept in stop.folder.glob("teacher-*.safetensors"):
+        kept.unlink()
     return done
 
 

@@ -145,8 +145,8 @@ def fine_tune(
         resumed = usable_checkpoint(folder)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        seconds = float("nan") if resumed else time.perf_counter() - start
         chosen.finish(stage)
+        seconds = float("nan") if resumed else time.perf_counter() - start
     if trainer.is_world_process_zero():
         _save(stage, before if chosen.fresh else None, record)
         log = [entry for entry in trainer.state.log_history if "loss" in entry]

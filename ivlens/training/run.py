@@ -31,8 +31,9 @@ class TrainingRun:
     log
         One entry per logged step: `step`, `loss` (mean over answer tokens, nats), `learning_rate`, …
     cost
-        `seconds` of training (NaN for a run that was interrupted), `teacher_seconds` of them before the first step, `trainable`
-        weights, `kept_mb` on disk for the next stage, `peak_mb` of memory (of the GPU, else of the process).
+        `seconds` of training and of what the method does after it (NaN for a run that was interrupted), `teacher_seconds` of
+        them before the first step, `trainable` weights, `kept_mb` on disk for the next stage, `peak_mb` of memory (of the GPU,
+        else of the process).
     """
 
     folder: Path
