@@ -194,7 +194,8 @@ def _train(
         progress=progress,
         **what.training,
     )
-    for checkpoint in checkpoints_in(stop.folder):  # these and the teacher's outputs were for going on after an interruption
+    # These were for going on after an interruption.
+    for checkpoint in checkpoints_in(stop.folder):
         shutil.rmtree(checkpoint)
     for kept in stop.folder.glob("teacher-*.safetensors"):
         kept.unlink()
