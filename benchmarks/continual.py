@@ -152,8 +152,8 @@ class Work:
         return [self.run(name, methods, self.args.seeds) for name in self.sequences if name != "main"]
 
     def print_further(self) -> None:
-        for found in self.further():
-            show(found, self.args.out / found.metadata["sequence"][0])
+        for name, found in zip((name for name in self.sequences if name != "main"), self.further()):
+            show(found, self.args.out / name / "figures")
 
 
 def show(found: ContinualResults, figures: Path) -> None:
