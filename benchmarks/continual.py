@@ -144,15 +144,15 @@ class Work:
 
     # -- other sequences ------------------------------------------------------------------------------------------------
 
-    def further(self) -> list[ContinualResults]:
+    def further(self) -> dict[str, ContinualResults]:
         """Plain LoRA, guided, and the best other method of the first sequence, all with the options chosen there."""
         best = max((name for name in TRIES if name != "iv"), key=lambda name: self.tried(name)["sum"].max())
         names = [name for name in ("lora", "iv", best) if self.wanted(name)]
         methods = dict(self.chosen(name) for name in names)
-        return [self.run(name, methods, self.args.seeds) for name in self.sequences if name != "main"]
+        return {name: self.run(name, methods, self.args.seeds) for name in self.sequences if name != "main"}
 
     def print_further(self) -> None:
-        for name, found in zip((name for name in self.sequences if name != "main"), self.further()):
+        for name, found in self.further().items():
             show(found, self.args.out / name / "figures")
 
 
