@@ -10,6 +10,7 @@
 2. main: one sequence × three seeds × every method, on the test split.
 3. ablation: the parts of guided training alone and together; a random vector and no vector in the teacher.
 4. further: two more sequences × three seeds × plain LoRA, guided, and the best other method of the first sequence.
+5. teachers: what guidance costs each new task, beside what its teacher can do; from runs of main and further.
 
 Every stage is kept, so that several processes can share the work: --part and --method.
 """
@@ -20,10 +21,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import ivlens as ivl
 from ivlens.continual import ContinualResults, collect, load_general, run
+from ivlens.continual.metrics import resampled
+from ivlens.statistics import bootstrap_mean
 from ivlens.training.guidance import KL, Guidance
 from ivlens.training.methods import EWC, METHODS, Averaging, Guided, LwF, Method, OLoRA, Replay
 
@@ -55,7 +59,7 @@ FIXED = ("lora", "fresh_lora", "fvg")  # nothing to try
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["tune", "main", "ablation", "further"])
+    parser.add_argument("--part", nargs="+", default=["tune", "main", "ablation", "further", "teachers"])
     parser.add_argument("--method", nargs="+", help="only these: names in TRIES and FIXED, or labels of the ablation")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--data", type=Path, nargs="+", help=".jsonl files, in order a third sequence")
@@ -144,16 +148,49 @@ class Work:
 
     # -- other sequences ------------------------------------------------------------------------------------------------
 
-    def further(self) -> dict[str, ContinualResults]:
+    def compared(self) -> dict[str, Method]:
         """Plain LoRA, guided, and the best other method of the first sequence, all with the options chosen there."""
         best = max((name for name in TRIES if name != "iv"), key=lambda name: self.tried(name)["sum"].max())
-        names = [name for name in ("lora", "iv", best) if self.wanted(name)]
-        methods = dict(self.chosen(name) for name in names)
-        return {name: self.run(name, methods, self.args.seeds) for name in self.sequences if name != "main"}
+        return dict(self.chosen(name) for name in ("lora", "iv", best) if self.wanted(name))
+
+    def further(self) -> dict[str, ContinualResults]:
+        return {name: self.run(name, self.compared(), self.args.seeds) for name in self.sequences if name != "main"}
 
     def print_further(self) -> None:
-        for name, found in self.further().items():
-            show(found, self.args.out / name / "figures")
+        found = self.further()
+        for name, each in found.items():
+            show(each, self.args.out / name / "figures")
+        found["main"] = self.run("main", self.compared(), self.args.seeds)
+        draws = [resampled(each.scores, each.metadata["sequence"]) for each in found.values()]
+        for method in [name for name in self.compared() if name != "lora"]:
+            # Every sequence draws the same prompts of the general tasks.
+            pairs = [(each[method]["forgetting"].mean(1), each["lora"]["forgetting"].mean(1)) for each in draws]
+            cuts = np.mean([1 - mine / plain for mine, plain in pairs], axis=0)
+            low, high = np.quantile(cuts[1:], [0.025, 0.975])
+            print(f"{method}: forgetting cut by {cuts[0]:.0%} [{low:.0%}, {high:.0%}], mean of {len(draws)} sequences")
+
+    # -- teachers -------------------------------------------------------------------------------------------------------
+
+    def teachers(self) -> pd.DataFrame:
+        """Points: the steered teacher on validation prompts; each new task after its stage; difference and its interval."""
+        methods = dict(self.chosen(name) for name in ("lora", "iv"))
+        rows = []
+        for name in self.sequences:
+            scores = self.run(name, methods, self.args.seeds).scores
+            for stage, task in enumerate(self.sequences[name], 1):
+                vector = ivl.InstructionVector.load(self.args.out / name / "vectors" / task.name)
+                here = scores[(scores["stage"] == stage) & (scores["task"] == task.name)]
+                lora, iv = (100 * here[here["method"] == m].groupby("prompt")["score"].mean() for m in methods)
+                low, high = bootstrap_mean([(iv - lora).to_numpy()])
+                rows.append((task.name, 100 * vector.metadata["accuracy"], lora.mean(), iv.mean(), low, high))
+        found = pd.DataFrame(rows, columns=["task", "teacher", *methods, "low", "high"])
+        found.insert(4, "difference", (found.iloc[:, 3] - found.iloc[:, 2]))
+        return found.sort_values("teacher", ascending=False).round(1)
+
+    def print_teachers(self) -> None:
+        found = self.teachers()
+        print(f"\n{markdown(found)}\n")
+        print("rank correlation:", round(found[["teacher", "difference"]].corr("spearman").iloc[0, 1], 2))
 
 
 def show(found: ContinualResults, figures: Path) -> None:

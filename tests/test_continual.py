@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import ivlens as ivl
 from ivlens.continual import collect, read_config, run, runner
 from ivlens.continual import experiment as experiments
 from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
+from ivlens.continual.vectors import base_vectors
 from ivlens.models.backends import backend_of
 from ivlens.prompts import tokenize
 from ivlens.training.methods import EWC, Guided
@@ -253,6 +255,26 @@ def test_a_general_task_that_overlaps_the_training_data_is_warned_about(base, se
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         runner.experiment(sequence, folder=tmp_path, model=base, general=["antonym"])
+
+
+def test_a_teacher_that_cannot_do_its_task_is_warned_about(base, sequence, tmp_path):
+    def made(method):
+        options = {key: value for key, value in OPTIONS.items() if key != "progress"}
+        what = runner.experiment(sequence, folder=tmp_path, model=base, methods=[method], **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            vectors = base_vectors(what, progress=False)
+        return vectors, [str(w.message) for w in caught if "holds training back" in str(w.message)]
+
+    vectors, none = made("ewc")
+    assert not none
+    _, (warned,) = made("iv")  # read from the folder
+    for vector in vectors.values():  # of a random model
+        assert f" → {vector.metadata['accuracy']:.0%} at layer" in vector.metadata["search"]
+        assert vector.metadata["accuracy"] < 0.75 and vector.metadata["search"] in warned
+    path = tmp_path / "vectors" / "one"
+    replace(vectors["one"], metadata={**vectors["one"].metadata, "accuracy": 0.9}).save(path)
+    assert "of two (" in made("iv")[1][0]
 
 
 def test_a_config_says_all_of_it(tmp_path, base):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,13 @@ from ivlens.continual.experiment import Experiment
 from ivlens.extraction import extract_vector
 from ivlens.models.loading import load_model
 from ivlens.patching.heads import locate_heads
+from ivlens.training.methods import Guided
 from ivlens.tuning import tune_injection
 from ivlens.vectors import FILE, InstructionVector
 
 __all__ = ["base_vectors", "similarities"]
+
+WEAK = 0.75  # a teacher that answers less than this held back nearly every task it taught (docs/findings.md)
 
 
 def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, InstructionVector]:
@@ -25,7 +30,10 @@ def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, Instruc
     folder = experiment.folder / "vectors"
     if any(not (folder / name / FILE).is_file() for name in experiment.sequence):
         _make(experiment, folder, progress)
-    return {name: InstructionVector.load(folder / name) for name in experiment.sequence}
+    vectors = {name: InstructionVector.load(folder / name) for name in experiment.sequence}
+    if any(isinstance(method, Guided) for method in experiment.methods.values()):
+        _warn_of_weak(vectors)
+    return vectors
 
 
 def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
@@ -42,7 +50,20 @@ def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
             continue
         vector = extract_vector(model, task, heads, n_prompts=30, **look)
         search = tune_injection(model, task, vector, n_prompts=min(20, len(task.valid)), **asked)
-        replace(search.best, metadata={**vector.metadata, "search": repr(search)}).save(folder / name)
+        found = {"search": repr(search), "accuracy": search.accuracy.max().item()}
+        replace(search.best, metadata={**vector.metadata, **found}).save(folder / name)
+
+
+def _warn_of_weak(vectors: Mapping[str, InstructionVector]) -> None:
+    weak = [name for name, vector in vectors.items() if vector.metadata.get("accuracy", 1.0) < WEAK]
+    if weak:
+        does = "; ".join(vectors[name].metadata["search"] for name in weak)
+        warnings.warn(
+            f"with its vector in it, the model still answers little of {', '.join(weak)} ({does}). A teacher that can't do "
+            "the task holds training back: compare `lora` and `averaging`, or look for a better vector (other heads, "
+            "demonstrations)",
+            stacklevel=4,
+        )
 
 
 def similarities(model: Any, experiment: Experiment, vectors: dict[str, InstructionVector]) -> dict[str, float]:
