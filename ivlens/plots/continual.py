@@ -136,6 +136,8 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
     panel = cell[0] * len(columns), cell[1] * len(stages)
     across = max(1, min(4, len(tables), 1100 // (panel[0] + gap[0])))
     down = math.ceil(len(tables) / across)
+    # Above an empty place, slanted labels would run into the neighbour below.
+    angle = -90 if down > 1 and len(tables) % across else -45
     width, height = across * (panel[0] + gap[0]) - gap[0], down * (panel[1] + gap[1]) - gap[1]
     spacing = {"horizontal_spacing": gap[0] / width, "vertical_spacing": gap[1] / height}
     figure = make_subplots(down, across, subplot_titles=[f"<b>{escaped(m)}</b>" for m in tables], **spacing)
@@ -157,7 +159,7 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
             edge = {"x0": n_trained - 0.5, "x1": n_trained - 0.5, "y0": -0.5, "y1": n_trained + 0.5}
             figure.add_shape(type="line", line={"color": INK, "width": 1.5}, **edge, **where)
         below = i + across >= len(tables)
-        figure.update_xaxes(**ticks([escaped(c) for c in columns]), showticklabels=below, tickangle=-45, **where)
+        figure.update_xaxes(**ticks([escaped(c) for c in columns]), showticklabels=below, tickangle=angle, **where)
         figure.update_yaxes(
             **ticks(after), showticklabels=where["col"] == 1, autorange="reversed", ticklabelstandoff=4, **where
         )
@@ -176,7 +178,11 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
     notes = [f"mean score, {_amounts(results)} · outlined: the task just trained on"]
     notes[0] += " · right of the line: general tasks, not trained on" if len(columns) > n_trained else ""
     room = 7 * max(map(len, columns))
-    margins = {"left": max(0, 7 * max(map(len, after)) - 50), "right": 92, "extra_bottom": int(0.75 * room) - 30}
+    margins = {
+        "left": max(0, 7 * max(map(len, after)) - 50),
+        "right": 92,
+        "extra_bottom": int((1 if angle == -90 else 0.75) * room) - 30,
+    }
     return finish(
         figure, "Scores on every task after every stage", notes, width=width, height=height, extra_top=24, **margins
     )
