@@ -184,7 +184,7 @@ class Work:
                 low, high = bootstrap_mean([(iv - lora).to_numpy()])
                 rows.append((task.name, 100 * vector.metadata["accuracy"], lora.mean(), iv.mean(), low, high))
         found = pd.DataFrame(rows, columns=["task", "teacher", *methods, "low", "high"])
-        found.insert(4, "difference", (found.iloc[:, 3] - found.iloc[:, 2]))
+        found.insert(4, "difference", found.iloc[:, 3] - found.iloc[:, 2])
         return found.sort_values("teacher", ascending=False).round(1)
 
     def print_teachers(self) -> None:

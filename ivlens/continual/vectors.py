@@ -18,7 +18,7 @@ from ivlens.vectors import FILE, InstructionVector
 
 __all__ = ["base_vectors", "similarities"]
 
-WEAK = 0.75  # a teacher that answers less than this held back nearly every task it taught (docs/findings.md)
+WEAK = 0.75  # a teacher that answers less than this held back each of five tasks (docs/findings.md)
 
 
 def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, InstructionVector]:
