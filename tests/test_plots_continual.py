@@ -126,6 +126,9 @@ def test_many_methods_make_rows_of_maps():
     per_row = shown[::-1].index(False)  # names of tasks stand below the last map of every column
     assert shown == [False] * (7 - per_row) + [True] * per_row
     assert len({axis.domain[0] for axis in axes}) == per_row
+    assert per_row > 1 and {axis.tickangle for axis in axes} == {-90}  # slanted, they would run into the map below
+    full = dict(list(many.items())[:per_row])
+    assert results(frame(full, seeds=(0,)), methods=full, seeds=(0,)).plot("matrix").layout.xaxis.tickangle == -45
 
 
 # -- along the sequence ------------------------------------------------------------------------------------------------
