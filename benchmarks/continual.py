@@ -25,9 +25,9 @@ import numpy as np
 import pandas as pd
 
 import ivlens as ivl
+from ivlens.common.statistics import bootstrap_mean
 from ivlens.continual import ContinualResults, collect, load_general, run
 from ivlens.continual.metrics import resampled
-from ivlens.statistics import bootstrap_mean
 from ivlens.training.guidance import KL, Guidance
 from ivlens.training.methods import EWC, METHODS, Averaging, Guided, LwF, Method, OLoRA, Replay
 

@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 
 import ivlens as ivl
+from ivlens.common.statistics import bootstrap_mean, correlation
+from ivlens.dynamics.probabilities import AnswerProbabilities, compare_probabilities
 from ivlens.models.checkpoints import open_checkpoints
-from ivlens.probabilities import AnswerProbabilities, compare_probabilities
-from ivlens.statistics import bootstrap_mean, correlation
 
 # Those of the built-in tasks that the model does at 70 % or better with ten demonstrations (validation split), one a kind.
 TASKS = (

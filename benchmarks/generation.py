@@ -12,8 +12,8 @@ import time
 import torch
 
 import ivlens as ivl
-from ivlens.extraction import random_vector
 from ivlens.models import backend_of
+from ivlens.steering.controls import random_vector
 
 
 def main() -> None:

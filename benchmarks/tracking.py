@@ -16,7 +16,8 @@ import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.models.checkpoints import open_checkpoints
 from ivlens.models.loading import load_hf
-from ivlens.prompts import build_prompts, pad_left, tokenize
+from ivlens.running.tokens import pad_left, tokenize
+from ivlens.tasks.prompts import build_prompts
 
 TASKS = ("present_past", "singular_plural", "first_of_list", "last_of_list", "capitalize", "lowercase", "sentiment")
 HEADS = [ivl.Head(layer, head) for layer, head in ((20, 5), (18, 6), (14, 1), (24, 4), (20, 6))]

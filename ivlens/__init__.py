@@ -17,21 +17,21 @@ _HOME = {
     "Example": "ivlens.tasks.task",
     "TaskSuite": "ivlens.tasks.suite",
     "load_tasks": "ivlens.tasks.suite",
-    "Prompt": "ivlens.prompts",
-    "build_prompts": "ivlens.prompts",
+    "Prompt": "ivlens.tasks.prompts",
+    "build_prompts": "ivlens.tasks.prompts",
     "locate_heads": "ivlens.patching.heads",
     "HeadEffects": "ivlens.patching.effects",
-    "Head": "ivlens.vectors",
-    "extract_vector": "ivlens.extraction",
-    "InstructionVector": "ivlens.vectors",
-    "inject": "ivlens.steering",
-    "generate": "ivlens.steering",
-    "tune_injection": "ivlens.tuning",
-    "evaluate": "ivlens.evaluation",
-    "Evaluation": "ivlens.evaluation",
-    "AnswerProbabilities": "ivlens.probabilities",
-    "answer_probabilities": "ivlens.probabilities",
-    "compare_probabilities": "ivlens.probabilities",
+    "Head": "ivlens.models.head",
+    "extract_vector": "ivlens.vectors.extraction",
+    "InstructionVector": "ivlens.vectors.vector",
+    "inject": "ivlens.steering.inject",
+    "generate": "ivlens.steering.generate",
+    "tune_injection": "ivlens.steering.tuning",
+    "evaluate": "ivlens.steering.evaluation",
+    "Evaluation": "ivlens.steering.evaluation",
+    "AnswerProbabilities": "ivlens.dynamics.probabilities",
+    "answer_probabilities": "ivlens.dynamics.probabilities",
+    "compare_probabilities": "ivlens.dynamics.probabilities",
     "fine_tune": "ivlens.training.finetune",
     "TrainingRun": "ivlens.training.run",
     "compare": "ivlens.dynamics.tracking",
@@ -45,29 +45,27 @@ _HOME = {
     "write_report": "ivlens.report",
 }
 
+ROOMS = (
+    "models",
+    "tasks",
+    "running",
+    "patching",
+    "vectors",
+    "steering",
+    "dynamics",
+    "training",
+    "continual",
+    "plots",
+    "report",
+)
+
 __all__ = [*_HOME, "continual", "patching", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in (
-        "patching",
-        "models",
-        "tasks",
-        "prompts",
-        "vectors",
-        "steering",
-        "evaluation",
-        "plots",
-        "report",
-        "tuning",
-        "decoding",
-        "training",
-        "dynamics",
-        "probabilities",
-        "continual",
-    ):
+    if name in ROOMS:
         return importlib.import_module(f"ivlens.{name}")
     raise AttributeError(f"module 'ivlens' has no attribute {name!r}")
 

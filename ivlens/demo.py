@@ -9,16 +9,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ivlens.evaluation import Evaluation, evaluate
-from ivlens.extraction import extract_vector
 from ivlens.patching import HeadEffects, locate_heads
 from ivlens.plots import plot_similarity
-from ivlens.prompts import build_prompts
 from ivlens.report import Section, write_figure, write_report
-from ivlens.steering import Generations, generate
+from ivlens.steering.evaluation import Evaluation, evaluate
+from ivlens.steering.generate import Generations, generate
+from ivlens.steering.tuning import InjectionSearch, tune_injection
 from ivlens.tasks import TaskSuite, load_tasks
-from ivlens.tuning import InjectionSearch, tune_injection
-from ivlens.vectors import InstructionVector
+from ivlens.tasks.prompts import build_prompts
+from ivlens.vectors.extraction import extract_vector
+from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["DEMO_TASKS", "run_demo"]
 

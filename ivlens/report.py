@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens import __version__
-from ivlens.steering import Generations
+from ivlens.steering.generate import Generations
 
 __all__ = ["Section", "write_figure", "write_report"]
 

@@ -11,15 +11,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # Where tensors travel, the shapes in the annotations are checked while the tests run.
-CHECKED = (
-    "models",
-    "patching.replay",
-    "patching.heads",
-    "patching.residual",
-    "patching.metrics",
-    "decoding",
-    "extraction",
-)
+CHECKED = ("models", "running", "patching.heads", "patching.residual", "vectors.extraction")
 install_import_hook([f"ivlens.{room}" for room in CHECKED], "beartype.beartype")
 
 import ivlens as ivl  # noqa: E402

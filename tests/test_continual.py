@@ -18,7 +18,7 @@ from ivlens.continual import experiment as experiments
 from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
 from ivlens.continual.vectors import base_vectors
 from ivlens.models.backends import backend_of
-from ivlens.prompts import tokenize
+from ivlens.running.tokens import tokenize
 from ivlens.training.methods import EWC, Guided
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivlens.decoding import choose, complete
 from ivlens.models import backend_of
-from ivlens.prompts import TokenizedPrompt
-from ivlens.steering import Injection
+from ivlens.running.decoding import choose, complete
+from ivlens.running.positions import Injection
+from ivlens.running.tokens import TokenizedPrompt
 from tests import tiny
 
 pytestmark = pytest.mark.model

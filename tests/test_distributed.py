@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainingArguments
 
 import ivlens as ivl
+from ivlens.models.head import Head
 from ivlens.training import KL, Guidance
-from ivlens.vectors import Head, InstructionVector
+from ivlens.vectors.vector import InstructionVector
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

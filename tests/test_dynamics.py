@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import ivlens as ivl
+from ivlens.common.statistics import bootstrap_share, correlation, sign_flip
 from ivlens.dynamics import Change
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import open_checkpoints
-from ivlens.prompts import build_prompts, tokenize
-from ivlens.statistics import bootstrap_share, correlation, sign_flip
+from ivlens.models.head import Head
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import build_prompts
 from ivlens.training import fine_tune
-from ivlens.vectors import Head
 from tests import tiny
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import ivlens as ivl
-from ivlens.patching.metrics import measure
-from ivlens.vectors import Head
+from ivlens.models.head import Head
+from ivlens.running.scores import measure
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import ivlens as ivl
-from ivlens.evaluation import CONTROLS
+from ivlens.common.statistics import bootstrap_mean, wilson
 from ivlens.models import backend_of
-from ivlens.statistics import bootstrap_mean, wilson
-from ivlens.vectors import Head
+from ivlens.models.head import Head
+from ivlens.steering.controls import CONTROLS
 
 pytestmark = pytest.mark.model
 

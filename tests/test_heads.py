@@ -8,7 +8,8 @@ import torch
 import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.patching import head_effects, mean_head_outputs
-from ivlens.prompts import build_prompts, counterfactual
+from ivlens.tasks.counterfactuals import counterfactual
+from ivlens.tasks.prompts import build_prompts
 from tests import tiny
 
 pytestmark = pytest.mark.model

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 import ivlens as ivl
+from ivlens.common.storage import read_json, read_tensors
 from ivlens.models.adapters import adapter_weights
 from ivlens.models.backends import backend_of
 from ivlens.models.loading import load_hf, tokenizing_backend
-from ivlens.prompts import build_prompts
-from ivlens.storage import read_json, read_tensors
+from ivlens.tasks.prompts import build_prompts
 from ivlens.training import METHODS, fine_tune
 from ivlens.training.data import answer_dataset
 from ivlens.training.methods import EWC, Averaging, Guided, LwF, OLoRA, Replay, as_method
 from ivlens.training.methods.replay import reservoir
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,13 +10,14 @@ import plotly.io as pio
 import pytest
 import torch
 
-from ivlens.evaluation import Evaluation
+from ivlens.common.statistics import wilson
+from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.residual import ResidualEffects
 from ivlens.plots import plot_effects, plot_evaluation, plot_residual, plot_search, plot_shares, plot_similarity
-from ivlens.statistics import wilson
-from ivlens.tuning import InjectionSearch
-from ivlens.vectors import Head, InstructionVector
+from ivlens.steering.evaluation import Evaluation
+from ivlens.steering.tuning import InjectionSearch
+from ivlens.vectors.vector import InstructionVector
 
 LAYERS, HEADS = 6, 4
 UGLY = "<b>bold</b> & <a href='x'>link</a>"

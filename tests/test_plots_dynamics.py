@@ -13,14 +13,15 @@ import plotly.io as pio
 import pytest
 import torch
 
+from ivlens.common.statistics import wilson
 from ivlens.dynamics import Change, Recovery, Snapshot
+from ivlens.dynamics.probabilities import AnswerProbabilities
+from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.plots import plot_change, plot_loss, plot_probabilities, plot_recovery
 from ivlens.plots.style import condition_colours
-from ivlens.probabilities import AnswerProbabilities
-from ivlens.statistics import wilson
 from ivlens.training import TrainingRun
-from ivlens.vectors import Head, InstructionVector
+from ivlens.vectors.vector import InstructionVector
 from tests.test_plots import UGLY, check
 
 TASKS = ("antonym", "present_past")

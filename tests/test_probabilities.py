@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import ivlens as ivl
+from ivlens.common.statistics import bootstrap_mean
 from ivlens.models.backends import backend_of
-from ivlens.prompts import Prompt, tokenize
-from ivlens.statistics import bootstrap_mean
+from ivlens.running.tokens import tokenize
 from ivlens.tasks import Example
+from ivlens.tasks.prompts import Prompt
 from tests import tiny
 
 pytestmark = pytest.mark.model

@@ -10,7 +10,9 @@ import torch
 
 import ivlens as ivl
 from ivlens.models import backend_of
-from ivlens.prompts import COUNTERFACTUALS, common_stop, counterfactual, pad_left, tokenize
+from ivlens.running.tokens import pad_left, tokenize
+from ivlens.tasks.counterfactuals import COUNTERFACTUALS, counterfactual
+from ivlens.tasks.prompts import common_stop
 from tests import tiny
 
 GO, WALK, JUMP = ivl.Example("go", "went"), ivl.Example("walk", "walked"), ivl.Example("jump", "jumped")

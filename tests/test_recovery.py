@@ -9,9 +9,10 @@ import torch
 import ivlens as ivl
 from ivlens.dynamics import Recovery
 from ivlens.models.backends import backend_of
-from ivlens.prompts import build_prompts, tokenize
+from ivlens.models.head import Head
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import build_prompts
 from ivlens.training import fine_tune
-from ivlens.vectors import Head
 from tests import tiny
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]

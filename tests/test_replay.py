@@ -8,8 +8,8 @@ import torch
 import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.patching import head_effects
-from ivlens.patching.replay import Sites, Sweep
-from ivlens.prompts import tokenize
+from ivlens.running.replay import Sites, Sweep
+from ivlens.running.tokens import tokenize
 from tests import tiny
 
 pytestmark = [

@@ -12,7 +12,7 @@ import pytest
 
 import ivlens
 from ivlens.report import Section, write_figure, write_report
-from ivlens.steering import Generations
+from ivlens.steering.generate import Generations
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 

@@ -111,7 +111,7 @@ def test_bad_arguments_are_refused_with_what_is_allowed(model):
 def test_edits_over_several_layers_with_a_value_per_prompt_equal_plain_hooks(load, name):
     from ivlens.models import backend_of
     from ivlens.patching.residual import Edit, edit_effects
-    from ivlens.prompts import tokenize
+    from ivlens.running.tokens import tokenize
 
     model, prompts = load(name), tiny.tokens(7, 9, 12, seed=3)
     backend, generator = backend_of(model), torch.Generator().manual_seed(0)

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import ivlens as ivl
-from ivlens.storage import read_tensors
-from ivlens.vectors import Head
+from ivlens.common.storage import read_tensors
+from ivlens.models.head import Head
 from tests import tiny
 
 pytestmark = pytest.mark.model
 
 ELSEWHERE = """
 import sys, torch, ivlens as ivl
-from ivlens.storage import write_tensors
+from ivlens.common.storage import write_tensors
 folder, backend = sys.argv[1:]
 model = ivl.load_model(folder + "/model", backend=backend)
 with torch.inference_mode(), ivl.InstructionVector.load(folder + "/vector").inject(model, layer=1, scale=2.0):

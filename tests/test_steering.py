@@ -7,9 +7,10 @@ import torch
 
 import ivlens as ivl
 from ivlens.models import backend_of
-from ivlens.prompts import pad_left, tokenize
-from ivlens.steering import Injection
-from ivlens.vectors import Head, InstructionVector
+from ivlens.models.head import Head
+from ivlens.running.positions import Injection
+from ivlens.running.tokens import pad_left, tokenize
+from ivlens.vectors.vector import InstructionVector
 from tests import tiny
 
 pytestmark = pytest.mark.model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.common.storage import read_tensors, write_tensors
 
 
 @pytest.fixture

@@ -12,14 +12,15 @@ from transformers import TrainingArguments
 
 import ivlens as ivl
 from ivlens.models.adapters import freeze_adapter
+from ivlens.models.head import Head
 from ivlens.models.loading import tokenizing_backend
-from ivlens.prompts import build_prompts
+from ivlens.tasks.prompts import build_prompts
 from ivlens.training import KL, Guidance, branches
 from ivlens.training import trainer as module
 from ivlens.training.batch import Batch, Collator
 from ivlens.training.data import answer_dataset
 from ivlens.training.teacher import teacher_digest
-from ivlens.vectors import Head, InstructionVector
+from ivlens.vectors.vector import InstructionVector
 from tests import tiny
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import ivlens as ivl
-from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.common.keys import weights_fingerprint
+from ivlens.models.backends import backend_of
 from ivlens.models.loading import tokenizing_backend
-from ivlens.prompts import build_prompts, tokenize
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import build_prompts
 from ivlens.training import TrainingRun, fine_tune
 from ivlens.training.data import answer_dataset
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 from tests import tiny
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore")]

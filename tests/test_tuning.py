@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import ivlens as ivl
-from ivlens.extraction import random_vector
 from ivlens.models import backend_of
-from ivlens.prompts import build_prompts, tokenize
-from ivlens.tuning import InjectionSearch
-from ivlens.vectors import InstructionVector
+from ivlens.running.tokens import tokenize
+from ivlens.steering.controls import random_vector
+from ivlens.steering.tuning import InjectionSearch
+from ivlens.tasks.prompts import build_prompts
+from ivlens.vectors.vector import InstructionVector
 
 
 @torch.inference_mode()

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 import ivlens as ivl
-from ivlens.extraction import random_vector, vector_from_heads
 from ivlens.models import backend_of
+from ivlens.models.head import Head
 from ivlens.patching import mean_head_outputs
-from ivlens.prompts import build_prompts
-from ivlens.vectors import FILE, Head, InstructionVector
+from ivlens.steering.controls import random_vector
+from ivlens.tasks.prompts import build_prompts
+from ivlens.vectors.extraction import vector_from_heads
+from ivlens.vectors.vector import FILE, InstructionVector
 
 SIGNATURE = {"n_layers": 3, "n_heads": 4, "d_model": 4, "d_vocab": 200}
 

@@ -114,10 +114,10 @@ def extract(
 
     rows = []
     with readable_errors():
-        from ivlens.extraction import extract_vector
         from ivlens.patching import HeadEffects
         from ivlens.report import Section, write_report
-        from ivlens.tuning import tune_injection
+        from ivlens.steering.tuning import tune_injection
+        from ivlens.vectors.extraction import extract_vector
 
         suite, chosen = read_tasks(task, file, instruction), HeadEffects.load(heads).top(top)
         hooked, sections = load(model, backend, adapter, device), []
@@ -154,8 +154,8 @@ def steer(
     """Continue prompts without the vector, with it, and with it subtracted."""
     with readable_errors():
         from ivlens.report import Section, write_report
-        from ivlens.steering import generate
-        from ivlens.vectors import InstructionVector
+        from ivlens.steering.generate import generate
+        from ivlens.vectors.vector import InstructionVector
 
         loaded = InstructionVector.from_pretrained(vector)
         texts = [p.replace("\\n", "\n") for p in prompts]
@@ -194,9 +194,9 @@ def evaluate(
 ) -> None:
     """Score tasks on the test split, with vectors and their controls."""
     with readable_errors():
-        from ivlens.evaluation import evaluate as score
         from ivlens.report import Section, write_report
-        from ivlens.vectors import InstructionVector
+        from ivlens.steering.evaluation import evaluate as score
+        from ivlens.vectors.vector import InstructionVector
 
         suite = read_tasks(task, file, instruction)
         loaded = None if vectors is None else {name: InstructionVector.load(vectors / name) for name in suite}

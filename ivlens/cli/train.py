@@ -63,7 +63,7 @@ def train(
     with readable_errors():
         from ivlens.report import Section, write_report
         from ivlens.training import fine_tune
-        from ivlens.vectors import InstructionVector
+        from ivlens.vectors.vector import InstructionVector
 
         if not task and not file:
             raise ValueError("name a task to train on, or give --file; `ivlens tasks` lists the built-in ones")
@@ -173,8 +173,8 @@ def _study(
 
 def _of_base(model: str, suite: TaskSuite, heads: tuple[Path | None, int], options: dict[str, Any], out: Path) -> Any:
     """The base model's instruction heads and vectors."""
-    from ivlens.extraction import extract_vector
     from ivlens.patching import HeadEffects, locate_heads
+    from ivlens.vectors.extraction import extract_vector
 
     hooked = load(model, "bridge")
     look = {key: value for key, value in options.items() if key != "n_prompts"}
@@ -192,8 +192,8 @@ def _of_base(model: str, suite: TaskSuite, heads: tuple[Path | None, int], optio
 
 def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: dict[str, Any]) -> list[Any]:
     """Knowledge and instruction probabilities at the base and every checkpoint, of the tasks that have a content answer."""
+    from ivlens.dynamics.probabilities import answer_probabilities
     from ivlens.models.checkpoints import open_checkpoints
-    from ivlens.probabilities import answer_probabilities
 
     able = [name for name, task in suite.items() if all(x.question and x.content for x in task.test)]
     if not able:
@@ -208,8 +208,8 @@ def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: di
 
 
 def _report(change: Change, recovery: Recovery | None, probabilities: list[Any], kind: str, out: Path) -> None:
+    from ivlens.dynamics.probabilities import compare_probabilities
     from ivlens.plots import plot_probabilities
-    from ivlens.probabilities import compare_probabilities
     from ivlens.report import Section, write_report
 
     kinds = ["tasks", "matrix", "hidden", *(["trajectory"] if kind == "track" else []), "scatter"]

@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ivlens.common.hints import hint
 from ivlens.continual.general import GENERAL, load_general
 from ivlens.continual.recipes import load_sequence
-from ivlens.names import hint
 from ivlens.tasks.suite import TaskSuite, load_tasks
 from ivlens.tasks.task import Task
 from ivlens.training.guidance import KL, Guidance

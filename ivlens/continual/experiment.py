@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from ivlens.common.storage import read_json, write_json
 from ivlens.continual.general import overlapping
 from ivlens.continual.scoring import Scoring
 from ivlens.models.adapters import describe_config
 from ivlens.models.loading import as_dtype
-from ivlens.storage import read_json, write_json
 from ivlens.tasks.suite import TaskSuite
 from ivlens.tasks.task import Task
 from ivlens.training.methods import Method

@@ -12,7 +12,8 @@ from ivlens.continual.experiment import Experiment, Stop
 from ivlens.continual.scoring import scored_prompts
 from ivlens.models.backends import backend_of
 from ivlens.models.loading import load_hf, load_model, tokenizing_backend
-from ivlens.prompts import build_prompts, tokenize
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import build_prompts
 from ivlens.training.data import answer_dataset
 
 if TYPE_CHECKING:

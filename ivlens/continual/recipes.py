@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ivlens.common.hints import hint
 from ivlens.continual.layouts import EXPECTED, READERS, sample
-from ivlens.names import hint
 from ivlens.tasks.suite import TaskSuite, load_tasks
 
 __all__ = ["RECIPES", "Recipe", "check_known", "load_sequence"]

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivlens.common.storage import read_json, write_json
 from ivlens.continual.metrics import MEASURES, cut_in_forgetting, interval, resampled
-from ivlens.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,7 +20,7 @@ from ivlens.tasks.task import Task
 from ivlens.training.finetune import fine_tune
 from ivlens.training.methods import Guided, Method, as_method
 from ivlens.training.run import TrainingRun
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
     from peft import PeftConfig

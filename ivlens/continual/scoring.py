@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ivlens.decoding import choose, complete
-from ivlens.evaluation import rouge_scorer
-from ivlens.models.backends import Backend
-from ivlens.prompts import Prompt, build_prompts, common_stop, tokenize
+from ivlens.models.backend import Backend
+from ivlens.running.decoding import choose, complete
+from ivlens.running.scores import rouge_scorer
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.task import Task
 
 __all__ = ["METRICS", "Scoring", "free_text", "score_task", "scored_prompts"]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ivlens.continual.experiment import Experiment
-from ivlens.extraction import extract_vector
 from ivlens.models.loading import load_model
 from ivlens.patching.heads import locate_heads
+from ivlens.steering.tuning import tune_injection
 from ivlens.training.methods import Guided
-from ivlens.tuning import tune_injection
-from ivlens.vectors import FILE, InstructionVector
+from ivlens.vectors.extraction import extract_vector
+from ivlens.vectors.vector import FILE, InstructionVector
 
 __all__ = ["base_vectors", "similarities"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivlens.common.statistics import correlation, wilson
+from ivlens.common.storage import read_json, write_json
 from ivlens.dynamics.snapshot import Snapshot
-from ivlens.statistics import correlation, wilson
-from ivlens.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ivlens.statistics import bootstrap_share, wilson
-from ivlens.storage import read_json, write_json
+from ivlens.common.statistics import bootstrap_share, wilson
+from ivlens.common.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,19 +10,22 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ivlens.common.keys import weights_fingerprint
+from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.dynamics.recovery import AFTER, BEFORE, BEFORE_STEERED, HEADS, MINUS, OLD, OTHER, RANDOM, STATE, Recovery
 from ivlens.dynamics.snapshot import fingerprint
-from ivlens.extraction import random_vector
-from ivlens.models.backends import Backend, backend_of, weights_fingerprint
+from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import Checkpoint, open_checkpoints
-from ivlens.patching.reading import read_prompts
 from ivlens.patching.residual import Edit, edit_effects
-from ivlens.prompts import TokenizedPrompt, build_prompts, tokenize
-from ivlens.steering import Injection
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.running.positions import Injection
+from ivlens.running.reading import read_prompts
+from ivlens.running.tokens import TokenizedPrompt, tokenize
+from ivlens.steering.controls import random_vector
+from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["recover"]
 

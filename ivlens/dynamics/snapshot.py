@@ -13,13 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.extraction import vector_from_heads
+from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
+from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.patching.reading import Reading, read_prompts
-from ivlens.prompts import Prompt, TokenizedPrompt, tokenize
-from ivlens.storage import read_tensors, write_tensors
-from ivlens.vectors import Head, InstructionVector
+from ivlens.running.reading import Reading, read_prompts
+from ivlens.running.tokens import TokenizedPrompt, tokenize
+from ivlens.tasks.prompts import Prompt
+from ivlens.vectors.extraction import vector_from_heads
+from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["Snapshot", "TaskPrompts", "take_snapshot"]
 

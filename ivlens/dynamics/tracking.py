@@ -8,16 +8,17 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ivlens.common.keys import weights_fingerprint
 from ivlens.dynamics.change import Change
 from ivlens.dynamics.snapshot import Snapshot, TaskPrompts, fingerprint, take_snapshot
-from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import open_checkpoints
+from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.heads import locate_heads
-from ivlens.prompts import build_prompts
+from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
-from ivlens.vectors import Head
 
 __all__ = ["compare", "track"]
 

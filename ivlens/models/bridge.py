@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivlens.models.backends import Backend, Prefix, append_copies, block_mask, position_ids
+from ivlens.models.backend import Backend, Prefix, append_copies, position_ids
 
 __all__ = ["BridgeBackend"]
 
@@ -96,23 +96,14 @@ class BridgeBackend(Backend):
         cache.frozen = True
         return Prefix(tokens[:, tokens.shape[1] - block :], attention_mask, cache, n_prefix, logits, visible)
 
-    def run_copies(self, prefix, new_copies, hooks, keep):
+    def run_copies(self, prefix, masks, new_copies, hooks, keep):
         block, copies = prefix.block, 1 + sum(new_copies)
         rows, dtype = copies * block, prefix.logits.dtype
-        masks: dict[int, Tensor] = {}
-        for i, visible in enumerate(prefix.visible):
-            same = next((j for j in masks if torch.equal(prefix.visible[j], visible)), None)
-            if same is None:
-                allowed = block_mask(visible, prefix.n_prefix, copies)
-                masks[i] = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[
-                    :, None
-                ]
-            else:
-                masks[i] = masks[same]
+        additive = {id(allowed): _additive(allowed, dtype) for allowed in masks}  # layers that see alike share one
 
         def grow(layer: int, n: int):
             def pre_hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-                mask = masks[layer][:, :, :n, : prefix.n_prefix + n]
+                mask = additive[id(masks[layer])][:, :, :n, : prefix.n_prefix + n]
                 args = tuple(_cut(x, rows, n, mask) for x in args)
                 kwargs = {key: _cut(x, rows, n, mask) for key, x in kwargs.items()}
                 hidden = args[0] if args else kwargs["hidden_states"]
@@ -131,7 +122,7 @@ class BridgeBackend(Backend):
             logits = self._call(
                 keep_index.to(prefix.tokens.device),
                 input_ids=prefix.tokens.repeat(1, copies),
-                attention_mask=masks[0],
+                attention_mask=additive[id(masks[0])],
                 position_ids=position_ids(prefix.attention_mask)[:, -block:].repeat(1, copies),
                 past_key_values=prefix.cache,
             )
@@ -172,6 +163,10 @@ def _lean_unembedding(unembed: Any) -> Iterator[None]:
         handle.remove()
         if zero:
             buffers["bias"] = bias
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _causal(attention_mask: Tensor, queries: int) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from ivlens.common.keys import weights_fingerprint
 from ivlens.models.adapters import adapter_distance, add_adapter, check_files, is_adapter
-from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.models.backends import backend_of
 from ivlens.models.loading import load_hf, load_model
 
 __all__ = ["FINAL", "SETTINGS", "Checkpoint", "checkpoints_in", "open_checkpoints"]

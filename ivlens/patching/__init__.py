@@ -2,8 +2,8 @@
 
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.heads import head_effects, locate_heads, mean_head_outputs
-from ivlens.patching.metrics import METRICS
 from ivlens.patching.residual import ResidualEffects, residual_effects
+from ivlens.running.scores import METRICS
 
 __all__ = [
     "METRICS",

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ivlens.storage import read_tensors, write_tensors
-from ivlens.vectors import Head
+from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.models.head import Head
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,13 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.models.backends import backend_of, weights_fingerprint
+from ivlens.common.keys import weights_fingerprint
+from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
-from ivlens.patching.metrics import check_metric
-from ivlens.patching.reading import read_prompts
-from ivlens.patching.replay import Sites, Sweep
-from ivlens.prompts import Prompt, TokenizedPrompt, build_prompts, counterfactual, tokenize
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.running.reading import read_prompts
+from ivlens.running.replay import Sites, Sweep
+from ivlens.running.scores import check_metric
+from ivlens.running.tokens import TokenizedPrompt, tokenize
+from ivlens.tasks.counterfactuals import counterfactual
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 

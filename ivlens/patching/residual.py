@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.models.backends import Backend, backend_of
-from ivlens.patching.metrics import check_metric
-from ivlens.patching.reading import read_prompts
-from ivlens.patching.replay import Sites, Sweep
-from ivlens.prompts import Prompt, TokenizedPrompt, tokenize
+from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
+from ivlens.running.reading import read_prompts
+from ivlens.running.replay import Sites, Sweep
+from ivlens.running.scores import check_metric
+from ivlens.running.tokens import TokenizedPrompt, tokenize
+from ivlens.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ivlens.common.statistics import wilson
 from ivlens.plots.scatter import plot_scatter
 from ivlens.plots.style import (
     BEFORE_AFTER,
@@ -34,7 +35,6 @@ from ivlens.plots.style import (
     with_minus,
 )
 from ivlens.plots.traces import before_after, cosine_map, task_rows
-from ivlens.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -39,7 +39,7 @@ from ivlens.plots.traces import cosine_map
 if TYPE_CHECKING:
     from ivlens.patching.effects import HeadEffects
     from ivlens.patching.residual import ResidualEffects
-    from ivlens.vectors import InstructionVector
+    from ivlens.vectors.vector import InstructionVector
 
 
 __all__ = ["plot_effects", "plot_residual", "plot_shares", "plot_similarity"]

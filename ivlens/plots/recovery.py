@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from ivlens.common.statistics import wilson
 from ivlens.plots.style import FAINT, GRID, TASK_COLOURS, counted, escaped, finish, plain, span, which_tasks
 from ivlens.plots.traces import before_after, task_bars, task_rows
-from ivlens.statistics import wilson
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ivlens.dynamics import Recovery
-    from ivlens.probabilities import AnswerProbabilities
+    from ivlens.dynamics.probabilities import AnswerProbabilities
     from ivlens.training import TrainingRun
 
 __all__ = ["plot_loss", "plot_probabilities", "plot_recovery"]

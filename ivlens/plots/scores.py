@@ -28,8 +28,8 @@ from ivlens.plots.style import (
 from ivlens.plots.traces import task_bars
 
 if TYPE_CHECKING:
-    from ivlens.evaluation import Evaluation
-    from ivlens.tuning import InjectionSearch
+    from ivlens.steering.evaluation import Evaluation
+    from ivlens.steering.tuning import InjectionSearch
 
 __all__ = ["plot_evaluation", "plot_search"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from ivlens.vectors import Head
+from ivlens.models.head import Head
 
 if TYPE_CHECKING:
     from torch import Tensor

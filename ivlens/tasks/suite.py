@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from ivlens.names import hint
+from ivlens.common.hints import hint
 from ivlens.tasks.task import Task
 
 if TYPE_CHECKING:

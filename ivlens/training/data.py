@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ivlens.prompts import Prompt, tokenize
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
     import datasets
 
-    from ivlens.models.backends import Backend
+    from ivlens.models.backend import Backend
 
 __all__ = ["answer_dataset"]
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ivlens.common.keys import weights_fingerprint
+from ivlens.common.storage import write_text
 from ivlens.models.adapters import (
     WEIGHTS,
     add_adapter,
@@ -23,16 +25,14 @@ from ivlens.models.adapters import (
     record_base,
     stack_adapters,
 )
-from ivlens.models.backends import weights_fingerprint
 from ivlens.models.checkpoints import FINAL
 from ivlens.models.loading import as_dtype, load_hf, tokenizing_backend
-from ivlens.prompts import build_prompts
-from ivlens.storage import write_text
+from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.data import answer_dataset
 from ivlens.training.run import LOG, SAVED, TrainingRun, settled, usable_checkpoint
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
     from peft import PeftConfig

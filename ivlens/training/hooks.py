@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ivlens.models.head import Head
 from ivlens.models.loading import tokenizing_backend
 from ivlens.training.batch import Batch
 from ivlens.training.branches import Fed
 from ivlens.training.guidance import Guidance
-from ivlens.vectors import Head, InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
-__all__ = ["Injection", "TrainingHooks"]
+__all__ = ["TaskInjection", "TrainingHooks"]
 
 
 @dataclass
@@ -95,7 +96,7 @@ class TrainingHooks:
 
 
 @dataclass(frozen=True)
-class Injection:
+class TaskInjection:
     """What is injected for each task, scaled, and after which layer; for no task where nothing is."""
 
     layers: Int[Tensor, " task"]
@@ -104,7 +105,7 @@ class Injection:
     @classmethod
     def of(
         cls, vectors: Mapping[str, InstructionVector] | None, tasks: Sequence[str], guidance: Guidance, config: Any
-    ) -> Injection:
+    ) -> TaskInjection:
         """Of the vectors of these tasks, as the guidance says, in a model with this config.
 
         Raises

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivlens.common.storage import write_text
 from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
-from ivlens.storage import write_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.models.backends import weights_fingerprint
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.common.keys import weights_fingerprint
+from ivlens.common.storage import read_tensors, write_tensors
 
 __all__ = [
     "KeptTeacher",

@@ -17,7 +17,7 @@ from transformers import Trainer
 from ivlens.training.batch import Batch, Collator, count_positions, kept_positions
 from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
 from ivlens.training.guidance import KL, POSITIONS, PRESETS, Guidance
-from ivlens.training.hooks import Injection, TrainingHooks
+from ivlens.training.hooks import TaskInjection, TrainingHooks
 from ivlens.training.losses import answer_loss, head_consistency, kl_divergence
 from ivlens.training.teacher import (
     KeptTeacher,
@@ -29,7 +29,7 @@ from ivlens.training.teacher import (
     kept_divergence,
     teacher_digest,
 )
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["IVTrainer"]
 
@@ -81,7 +81,7 @@ class IVTrainer(Trainer):
     ):
         self.guidance = _guidance(guidance, vectors, keep_teacher)
         tasks = list(dict.fromkeys(train_dataset["task"]))
-        self._injection = Injection.of(vectors, tasks, self.guidance, model.config)
+        self._injection = TaskInjection.of(vectors, tasks, self.guidance, model.config)
         heads = vectors[tasks[0]].heads if self.guidance.heads_weight else ()
         self._hooks, self._frozen_hooks = (TrainingHooks(heads, self.guidance.site) for _ in range(2))
         parameters = inspect.signature(_inner(model).forward).parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ivlens.names import hint
+from ivlens.common.hints import hint
 from ivlens.training.methods.averaging import Averaging
 from ivlens.training.methods.ewc import EWC
 from ivlens.training.methods.guided import Guided

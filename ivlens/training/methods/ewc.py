@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.training.losses import lm_loss
 from ivlens.training.methods.method import Method, Stage, trained_weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ivlens.extraction import random_vector
+from ivlens.steering.controls import random_vector
 from ivlens.training.guidance import PRESETS, Guidance
 from ivlens.training.methods.method import Method, Stage
 

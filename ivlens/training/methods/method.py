@@ -16,7 +16,7 @@ from ivlens.training.data import IGNORED
 if TYPE_CHECKING:
     import datasets
 
-    from ivlens.vectors import InstructionVector
+    from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["Method", "PenaltyTrainer", "Stage"]
 

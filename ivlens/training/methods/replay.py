@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ivlens.storage import read_json, write_json
+from ivlens.common.storage import read_json, write_json
 from ivlens.training.methods.method import Method, Stage
 
 if TYPE_CHECKING:

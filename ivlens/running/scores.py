@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -51,3 +53,10 @@ def _log_normalizer(logits: Float[Tensor, "batch copy *answer d_vocab"]) -> Floa
 def check_metric(metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(METRICS)}")
+
+
+def rouge_scorer() -> Any:
+    """Gives ROUGE-L."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])

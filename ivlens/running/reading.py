@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.models.backends import Backend
-from ivlens.patching.metrics import measure
-from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
+from ivlens.models.backend import Backend
+from ivlens.running.scores import measure
+from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
 
 __all__ = ["Reading", "read_prompts"]
 

@@ -1,25 +1,19 @@
-"""Injecting a vector into the residual stream while a context lasts, and generating with and without it."""
+"""What is added to the residual stream, and at which positions of which forward pass it lands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ivlens.models.backends import Backend, backend_of
-from ivlens.vectors import InstructionVector
+from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from ivlens.prompts import Prompt
-
-__all__ = ["Generations", "Injection", "generate", "inject"]
+__all__ = ["Injection", "injected"]
 
 POSITIONS = ("last", "generated", "all")
 MODES = ("sum", "heads")
@@ -39,7 +33,7 @@ class Injection:
     def of(
         cls,
         backend: Backend,
-        vector: InstructionVector | Float[Tensor, "*batch d_model"],
+        vector: Any,
         *,
         layer: int | None = None,
         scale: float | None = None,
@@ -53,7 +47,7 @@ class Injection:
             raise ValueError(
                 f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}, or a tensor with one per row"
             )
-        whole = isinstance(vector, InstructionVector)
+        whole = not isinstance(vector, Tensor)
         if whole:
             vector.check_model(backend.model)
         elif vector.shape[-1] != backend.d_model or vector.dim() > 2:
@@ -143,44 +137,10 @@ class _Place:
 
 
 @contextmanager
-def inject(
-    model: Any,
-    vector: InstructionVector | Float[Tensor, "*batch d_model"],
-    *,
-    layer: int | None = None,
-    scale: float | None = None,
-    positions: str | Tensor = "last",
-    mode: str = "sum",
-) -> Iterator[Any]:
-    """Add a vector to the residual stream after a layer while the context lasts: r ← r + scale · θ (IV §4).
-
-    Works under plain forward passes, the model's own `generate` and `hf_generate` (with and without a cache), in left-padded
-    batches, and inside another injection. Afterwards the model is as before, also after an exception.
-
-    Parameters
-    ----------
-    vector
-        An `InstructionVector`, or a tensor [d_model], or [batch d_model] for one vector per row.
-    layer
-        After which layer (negative ones count from the end); default: the vector's own.
-    scale
-        Strength; negative subtracts. Default: the vector's own, else 1.
-    positions
-        `last`: the last prompt token only (the papers' analysis; the answer then ends where it should); `generated`: that
-        and every decoding step; `all`; or a tensor [batch] with one position per row, for right-padded batches.
-    mode
-        `sum`: the vector at one layer. `heads`: each head's share after its own layer (our choice of arXiv 2606.05079's idea).
-
-    Raises
-    ------
-    ValueError
-        If the vector belongs to a model of another shape, the layer is out of range, or an option is unknown.
-    RuntimeError
-        If the model ran but the hook didn't fire.
-    """
+def injected(model: Any, injection: Injection) -> Iterator[Any]:
+    """Inside, the injection acts on every forward pass of the model; see `steering.inject`."""
     backend = backend_of(model)
-    injection = Injection.of(backend, vector, layer=layer, scale=scale, positions=positions, mode=mode)
-    place, fired = _Place(positions), set()
+    place, fired = _Place(injection.positions), set()
     hooks = [("blocks.0.hook_resid_pre", place.watch), *injection.hooks(backend, place.add, fired)]
     with model.hooks(fwd_hooks=hooks):
         yield model
@@ -189,78 +149,3 @@ def inject(
             raise RuntimeError(
                 f"the model ran, but nothing was injected after layer(s) {missing}: did it stop at an earlier layer?"
             )
-
-
-@dataclass(frozen=True)
-class Generations:
-    """Greedy continuations side by side. Shows as a table in Jupyter.
-
-    Attributes
-    ----------
-    prompts
-        The prompts' texts.
-    texts
-        From a condition ("no vector", "+ vector", "− vector") to one continuation per prompt.
-    """
-
-    prompts: list[str]
-    texts: dict[str, list[str]]
-
-    def __getitem__(self, condition: str) -> list[str]:
-        return self.texts[condition]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per prompt, one column per condition."""
-        import pandas as pd
-
-        return pd.DataFrame({"prompt": self.prompts, **self.texts})
-
-    def _repr_html_(self) -> str:
-        frame = self.to_dataframe()
-        return frame.to_html(index=False)  # escapes
-
-    def __repr__(self) -> str:
-        return self.to_dataframe().map(lambda text: repr(text)[1:-1]).to_string(index=False, max_colwidth=60)
-
-
-def generate(
-    model: Any,
-    prompts: str | Prompt | Sequence[str | Prompt],
-    *,
-    vector: InstructionVector | Tensor | None = None,
-    layer: int | None = None,
-    scale: float | None = None,
-    positions: str = "last",
-    mode: str = "sum",
-    max_new_tokens: int = 10,
-    stop: str | None = "\n",
-    batch_size: int = 64,
-) -> Generations:
-    """Greedy continuations without the vector, with it, and with it subtracted.
-
-    Parameters
-    ----------
-    vector, layer, scale, positions, mode
-        As in `inject`. Without a vector there is one column.
-    stop
-        Text that ends a continuation (after something has been said); None for none but the end-of-text token.
-
-    Notes
-    -----
-    For sampling and everything else `generate` of the model can do, call that inside `inject`.
-    """
-    from ivlens.decoding import complete
-    from ivlens.prompts import tokenize
-
-    backend = backend_of(model)
-    prompts = [prompts] if not isinstance(prompts, Sequence) or isinstance(prompts, str) else list(prompts)
-    rows = tokenize(backend, prompts)
-    injections: dict[str, Injection | None] = {"no vector": None}
-    if vector is not None:
-        options: dict[str, Any] = {"layer": layer, "positions": positions, "mode": mode}
-        plus = Injection.of(backend, vector, scale=scale, **options)
-        injections["+ vector"] = plus
-        injections["− vector"] = Injection({k: -v for k, v in plus.additions.items()}, positions)
-    done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
-    shown = [p if isinstance(p, str) else p.render(backend.tokenizer) for p in prompts]
-    return Generations(shown, {name: c.texts for name, c in done.items()})

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ivlens.extraction import random_vector
 from ivlens.models.backends import backend_of
 from ivlens.patching.residual import Edit, edit_effects
-from ivlens.prompts import build_prompts, tokenize
+from ivlens.running.tokens import tokenize
+from ivlens.steering.controls import random_vector
+from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.task import Task
-from ivlens.vectors import InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ivlens.decoding import complete
-from ivlens.extraction import extract_vector, random_vector
-from ivlens.models.backends import Backend, backend_of
-from ivlens.prompts import Prompt, build_prompts, common_stop, tokenize
-from ivlens.statistics import bootstrap_mean, wilson
-from ivlens.steering import Injection
-from ivlens.storage import read_json, write_json
+from ivlens.common.statistics import bootstrap_mean, wilson
+from ivlens.common.storage import read_json, write_json
+from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
+from ivlens.running.decoding import complete
+from ivlens.running.positions import Injection
+from ivlens.running.scores import rouge_scorer
+from ivlens.running.tokens import tokenize
+from ivlens.steering.controls import CONTROLS, with_controls
+from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
-from ivlens.vectors import Head, InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +32,6 @@ __all__ = ["CONTROLS", "METRICS", "Evaluation", "evaluate"]
 METRICS = ("first_token", "exact_match", "rouge_l", "probability")
 BINARY = ("first_token", "exact_match")
 BASELINE = "no vector"
-CONTROLS = ("random vector", "random heads", "other task")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def evaluate(
             bar.set_postfix_str(task.name)
             conditions: dict[str, Injection | None] = {BASELINE: None}
             if vectors is not None:
-                for name, vector in _with_controls(model, task, vectors, controls, seed).items():
+                for name, vector in with_controls(model, task, vectors, controls, seed).items():
                     conditions[name] = Injection.of(backend, vector, **options)
             prompts = build_prompts(task, shots=shots, **prompt_options)
             rows += _score(backend, task, prompts, conditions, metrics, batch_size)
@@ -247,40 +248,6 @@ def _score(
             row = {"task": task.name, "condition": condition, "prompt": i, **{m: values[m] for m in metrics}}
             rows.append({**row, "input": prompt.query.input, "answer": answer, "text": text})
     return rows
-
-
-def rouge_scorer() -> Any:
-    """Gives ROUGE-L."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"])
-
-
-def _with_controls(
-    model: Any, task: Task, vectors: Mapping[str, InstructionVector], controls: Sequence[str], seed: int
-) -> dict[str, InstructionVector]:
-    """The task's vector and its controls, all with its layer and scale."""
-    vector = vectors[task.name]
-    out = {"vector": vector}
-    if "random vector" in controls:
-        out["random vector"] = random_vector(vector, seed=seed)
-    if "random heads" in controls and vector.heads:
-        out["random heads"] = replace(_random_heads(model, task, vector, seed), layer=vector.layer, scale=vector.scale)
-    names = list(vectors)
-    other = vectors[names[(names.index(task.name) + 1) % len(names)]]
-    if "other task" in controls and other is not vector:
-        out["other task"] = replace(other, layer=vector.layer, scale=vector.scale)
-    return out
-
-
-def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: int) -> InstructionVector:
-    """As many heads that aren't the vector's, their shares taken from prompts like those behind the vector."""
-    backend = backend_of(model)
-    rest = [Head(layer, h) for layer in range(backend.n_layers) for h in range(backend.n_heads)]
-    rest = [head for head in rest if head not in vector.heads]
-    heads = random.Random(f"{seed}/{task.name}").sample(rest, min(len(vector.heads), len(rest)))
-    options = {k: vector.metadata[k] for k in ("shots", "instruction", "style") if k in vector.metadata}
-    return extract_vector(model, task, heads, n_prompts=20, seed=seed, **options)
 
 
 def _check_names(given: Sequence[str], known: Sequence[str], what: str) -> None:

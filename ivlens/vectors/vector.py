@@ -1,4 +1,4 @@
-"""Heads, and the instruction vector: the sum of what they add to the residual stream."""
+"""The instruction vector: the sum of what heads add to the residual stream."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.models.backends import backend_of
+from ivlens.models.head import Head
+from ivlens.running.positions import Injection, injected
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -20,28 +23,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-__all__ = ["Head", "InstructionVector"]
+__all__ = ["InstructionVector"]
 
 KIND = "instruction vector"
 FILE, CARD = "vector.safetensors", "vector.json"
-
-
-class Head(NamedTuple):
-    """An attention head.
-
-    Examples
-    --------
-    >>> str(Head(20, 5))
-    'L20H5'
-    """
-
-    layer: int
-    head: int
-
-    def __str__(self) -> str:
-        return f"L{self.layer}H{self.head}"
-
-    __repr__ = __str__
 
 
 @dataclass(frozen=True)
@@ -106,8 +91,6 @@ class InstructionVector:
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError if this is a vector of a model of another shape."""
-        from ivlens.models.backends import backend_of
-
         backend = backend_of(model)
         mine = self.metadata.get("signature")
         if self.d_model != backend.d_model:
@@ -169,9 +152,8 @@ class InstructionVector:
         mode: str = "sum",
     ) -> AbstractContextManager:
         """Inject (or, with a negative scale, subtract) the vector while the context lasts; see `steering.inject`."""
-        from ivlens.steering import inject
-
-        return inject(model, self, layer=layer, scale=scale, positions=positions, mode=mode)
+        options = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
+        return injected(model, Injection.of(backend_of(model), self, **options))
 
     def plot(self) -> go.Figure:
         """Bars: each head's share along the vector."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.models.backends import Backend
-from ivlens.models.memory import out_of_memory
-from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
-from ivlens.steering import Injection
+from ivlens.models.backend import Backend
+from ivlens.running.batches import out_of_memory
+from ivlens.running.positions import Injection
+from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
 
 __all__ = ["Completions", "choose", "complete"]
 

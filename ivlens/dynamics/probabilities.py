@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.common.statistics import bootstrap_mean, sign_flip
+from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
-from ivlens.patching.reading import read_prompts
-from ivlens.prompts import Prompt, build_prompts, tokenize
-from ivlens.statistics import bootstrap_mean, sign_flip
-from ivlens.storage import read_tensors, write_tensors
+from ivlens.running.reading import read_prompts
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Example, Task
 

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ivlens.models.backends import Backend, Prefix
-from ivlens.models.memory import out_of_memory
-from ivlens.patching.metrics import WHOLE_ANSWER, measure
-from ivlens.prompts import TokenizedPrompt, fill_right, pad_left
+from ivlens.models.backend import Backend, Prefix
+from ivlens.running.batches import out_of_memory
+from ivlens.running.masks import copy_masks
+from ivlens.running.scores import WHOLE_ANSWER, measure
+from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
 
 __all__ = ["Sites", "Sweep", "Swept"]
 
@@ -47,7 +48,7 @@ class Sites:
 
 
 @dataclass
-class Batch:
+class SweepBatch:
     index: list[int]
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
@@ -145,7 +146,7 @@ class Sweep:
 
     # -- the two ways -----------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def _replay(self, batch: Batch, shared: Prefix | None = None) -> Swept:
+    def _replay(self, batch: SweepBatch, shared: Prefix | None = None) -> Swept:
         backend, n_sites = self.backend, len(self.sites.layers)
         if not batch.mask.all():  # padding would come before the shared beginning
             shared = None
@@ -162,7 +163,7 @@ class Sweep:
                 self._probed = logits[0, sites.index(self._probe)].clone()
         return Swept(batch.index, values, baseline.cpu())
 
-    def _run_copies(self, prefix: Prefix, sites: list[int], batch: Batch) -> Tensor:
+    def _run_copies(self, prefix: Prefix, sites: list[int], batch: SweepBatch) -> Tensor:
         new = [0] * self.backend.n_layers
         places: dict[int, list[int]] = {}  # which of these sites act at a layer; copy 0 is the unpatched one
         for place, site in enumerate(sites):
@@ -182,7 +183,8 @@ class Sweep:
                 return x
 
             hooks.append((self.sites.hook(layer), edit))
-        logits = self.backend.run_copies(prefix, new, hooks, batch.keep)
+        masks = copy_masks(prefix.visible, prefix.n_prefix, 1 + len(sites))
+        logits = self.backend.run_copies(prefix, masks, new, hooks, batch.keep)
         if sorted(fired) != sorted(places):
             raise ReplayError(f"hooks fired at layers {sorted(fired)} instead of {sorted(places)}")
         # Copy 0 went the whole way unpatched, so every pass checks mask, positions and cache against the plain forward.
@@ -194,7 +196,7 @@ class Sweep:
         return logits[:, 1:]
 
     @torch.inference_mode()
-    def _full(self, batch: Batch, sites: Sequence[int] | None = None) -> Swept:
+    def _full(self, batch: SweepBatch, sites: Sequence[int] | None = None) -> Swept:
         sites = range(len(self.sites.layers)) if sites is None else sites
         baseline = self._score(self._forward(batch)[:, None], batch)[:, 0].cpu()
         values = torch.empty(len(batch.index), len(sites))
@@ -202,7 +204,7 @@ class Sweep:
             values[:, column] = self._score(self._forward(batch, site)[:, None], batch)[:, 0].cpu()
         return Swept(batch.index, values, baseline)
 
-    def _forward(self, batch: Batch, site: int | None = None) -> Float[Tensor, "batch answer d_vocab"]:
+    def _forward(self, batch: SweepBatch, site: int | None = None) -> Float[Tensor, "batch answer d_vocab"]:
         if site is None:
             return self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
         layers, fired = self.sites.layers[site], []
@@ -232,7 +234,7 @@ class Sweep:
         """The patch that is compared: low enough to pass through most layers, with many copies before it."""
         return len(self.sites.layers) // 3
 
-    def _checked_replay(self, batch: Batch, remaining: Sequence[int]) -> tuple[Swept, Prefix | None]:
+    def _checked_replay(self, batch: SweepBatch, remaining: Sequence[int]) -> tuple[Swept, Prefix | None]:
         """The first batch, one of its patches compared with a full forward pass; decides how the sweep goes on."""
         try:
             shared = self._shared(remaining)
@@ -270,14 +272,14 @@ class Sweep:
             return max(self.max_rows // (len(self.prompts[first].prompt) + block), 1)
         return max(self.max_rows // ((1 + len(self.sites.layers)) * block), 1)
 
-    def _batch(self, index: list[int]) -> Batch:
+    def _batch(self, index: list[int]) -> SweepBatch:
         index = [i for i in index if self.from_end[i] == self.from_end[index[0]]]
         device = self.backend.device
         answers, answer_mask = fill_right([self.scored[i] for i in index], device)
         # The last answer token is never an input.
         rows = [self.prompts[i].prompt + tuple(a[:-1]) for i, a in zip(index, answers.tolist())]
         tokens, mask = pad_left(rows, rows[0][0], device)
-        return Batch(
+        return SweepBatch(
             index,
             tokens,
             mask,
@@ -303,7 +305,7 @@ class Sweep:
         tokens = torch.tensor([rows[0][:same]], device=self.backend.device)
         return self.backend.read_prefix(tokens, torch.ones_like(tokens), block=0, keep=1)
 
-    def _score(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _score(self, logits: Tensor, batch: SweepBatch) -> Tensor:
         return measure(self.metric, logits, batch.answers, batch.answer_mask, batch.distractors)
 
 

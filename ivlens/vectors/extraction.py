@@ -1,4 +1,4 @@
-"""Making vectors: from heads' mean outputs, and the random ones they are compared with."""
+"""Making vectors from heads' mean outputs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ivlens.models.backends import backend_of
+from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.heads import mean_head_outputs
-from ivlens.prompts import Prompt, build_prompts
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
-from ivlens.vectors import Head, InstructionVector
+from ivlens.vectors.vector import InstructionVector
 
-__all__ = ["extract_vector", "random_vector", "vector_from_heads"]
+__all__ = ["extract_vector", "vector_from_heads"]
 
 
 def vector_from_heads(
@@ -88,18 +89,6 @@ def extract_vector(
         about = {"n_prompts": len(prompts), "task": prompts[0].task if prompts else ""}
     means = mean_head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
     return vector_from_heads(model, means, heads, only_correct=only_correct, **about)
-
-
-def random_vector(like: InstructionVector, *, seed: int = 0) -> InstructionVector:
-    """A control: a random direction of the same norm, at the same layer and scale."""
-    noise = torch.randn(like.d_model, generator=torch.Generator().manual_seed(seed))
-    metadata = {k: like.metadata[k] for k in ("model", "signature") if k in like.metadata}
-    return InstructionVector(
-        noise / noise.norm() * like.norm(),
-        layer=like.layer,
-        scale=like.scale,
-        metadata={**metadata, "task": f"random vector {seed}"},
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""What every room uses: files, statistics, keys, near names."""

@@ -1,0 +1,179 @@
+"""The few things ivlens asks of a hooked model, answered for each kind of model.
+
+Everything that differs between `TransformerBridge` (transformer-lens 4.x) and `HookedTransformer` (3.9) is in
+`bridge.py` and `hooked.py`; the rest of the library only sees `Backend`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["Backend", "Prefix"]
+
+Hook = tuple[str, Callable]
+
+
+@dataclass
+class Prefix:
+    """A batch of prompts run once, cut open before its last `block` tokens.
+
+    `cache` holds the keys and values of the first `n_prefix` positions; the rest is what a copy of the block needs to be
+    run again on top of it: the block's tokens and, for every layer, which positions each block token may look at
+    (so padding, sliding windows and chunked attention come out as the model itself built them).
+    """
+
+    tokens: Int[Tensor, "batch block"]
+    attention_mask: Int[Tensor, "batch pos"]
+    cache: Any
+    n_prefix: int
+    logits: Float[Tensor, "batch keep d_vocab"]
+    visible: list[Bool[Tensor, "batch block pos"]]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def block(self) -> int:
+        return self.tokens.shape[1]
+
+
+class Backend(ABC):
+    """One hooked model seen through the operations the library needs. Holds no state of its own besides the model."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        cfg = model.cfg
+        self.n_layers: int = cfg.n_layers
+        self.n_heads: int = cfg.n_heads
+        self.d_head: int = cfg.d_head
+        self.d_model: int = cfg.d_model
+        self.n_ctx: int | None = getattr(cfg, "n_ctx", None)
+        self.name: str = str(getattr(cfg, "model_name", None) or type(model).__name__)
+
+    # -- names and shapes -------------------------------------------------------------------------------------------
+    @property
+    def tokenizer(self) -> Any:
+        if getattr(self.model, "tokenizer", None) is None:
+            raise ValueError("the model has no tokenizer; load it with ivl.load_model(model, tokenizer=...)")
+        return self.model.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where token tensors go (the device of the embedding)."""
+        return next(self.model.parameters()).device
+
+    @property
+    def signature(self) -> dict[str, int]:
+        """What two models must share for a vector of one to mean anything in the other."""
+        return {"n_layers": self.n_layers, "n_heads": self.n_heads, "d_model": self.d_model, "d_vocab": self.d_vocab}
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.model.cfg.d_vocab)
+
+    def z_hook(self, layer: int) -> str:
+        """Name of the heads' outputs before W_O, [batch pos head d_head]."""
+        return f"blocks.{layer}.attn.hook_z"
+
+    def resid_hook(self, layer: int) -> str:
+        """Name of the residual stream after a layer, [batch pos d_model]."""
+        return f"blocks.{layer}.hook_resid_post"
+
+    def check_layer(self, layer: int) -> int:
+        """The layer as a number from 0 (negative layers count from the end)."""
+        if not -self.n_layers <= layer < self.n_layers:
+            raise ValueError(
+                f"layer={layer} is out of range: {self.name} has layers 0 to {self.n_layers - 1} "
+                f"(or -{self.n_layers} to -1 from the end)"
+            )
+        return layer % self.n_layers
+
+    def check_head(self, layer: int, head: int) -> None:
+        self.check_layer(layer)
+        if not 0 <= head < self.n_heads:
+            raise ValueError(
+                f"head={head} is out of range: {self.name} has heads 0 to {self.n_heads - 1} in each layer"
+            )
+
+    def check_hooks(self) -> None:
+        """Raise where a layer has no `hook_z`: state-space and some hybrid layers have no attention heads to patch."""
+        missing = [layer for layer in range(self.n_layers) if self.z_hook(layer) not in self.model.hook_dict]
+        if missing:
+            raise ValueError(
+                f"{self.name} has no attention output hook ({self.z_hook(missing[0])}) in layer(s) "
+                f"{', '.join(map(str, missing[:8]))}{', …' if len(missing) > 8 else ''}: ivlens works on attention heads; "
+                "use a model whose every layer has softmax attention"
+            )
+
+    # -- running ----------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def new_cache(self, batch: int) -> Any:
+        """An empty key-value cache."""
+
+    @abstractmethod
+    def spread_cache(self, cache: Any, attention_mask: Int[Tensor, "batch pos"]) -> Any:
+        """A cache of batch 1, for the rows of a batch padded on the left, each of which begins with these tokens."""
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        attention_mask: Int[Tensor, "batch pos"],
+        *,
+        cache: Any = None,
+        keep: int = 1,
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of the last `keep` positions. With a cache, `tokens` are the new ones and the mask covers all."""
+
+    @abstractmethod
+    def read_prefix(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"],
+        *,
+        block: int,
+        keep: int,
+        shared: Prefix | None = None,
+    ) -> Prefix:
+        """Run prompts once and keep what replaying their last `block` tokens needs.
+
+        Parameters
+        ----------
+        shared
+            A prefix of batch 1 common to all prompts, which `tokens` then doesn't repeat (the mask still covers it).
+        """
+
+    @abstractmethod
+    def run_copies(
+        self,
+        prefix: Prefix,
+        masks: list[Bool[Tensor, "batch q k"]],
+        new_copies: list[int],
+        hooks: list[Hook],
+        keep: int,
+    ) -> Float[Tensor, "batch copy keep d_vocab"]:
+        """Run copies of the block over the shared cache, each copy blind to the others.
+
+        Copy 0 is the unchanged block. `new_copies[l]` further copies of it come into being below layer l, in order,
+        so that work is only spent on layers where a copy differs from copy 0. `hooks` see [batch, copies · block, ...].
+        `masks` say, per layer, which keys each packed query sees once all copies are there.
+        """
+
+    @abstractmethod
+    def head_shares(self, layer: int, z: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_model"]:
+        """What each head's output adds to the attention output, without the layer's output bias."""
+
+
+def append_copies(x: Float[Tensor, "batch rows d"], block: int, new: int) -> Float[Tensor, "batch more d"]:
+    """Append `new` copies of the unpatched block, which is the first."""
+    return x if new == 0 else torch.cat([x, x[:, :block].repeat(1, new, 1)], dim=1)
+
+
+def position_ids(attention_mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Positions counted from the first real token, whichever side the padding is on."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,19 @@
+"""Injecting vectors, choosing where and how strongly, and measuring what that does beside its controls."""
+
+from ivlens.steering.controls import CONTROLS, random_vector
+from ivlens.steering.evaluation import Evaluation, evaluate
+from ivlens.steering.generate import Generations, generate
+from ivlens.steering.inject import inject
+from ivlens.steering.tuning import InjectionSearch, tune_injection
+
+__all__ = [
+    "CONTROLS",
+    "Evaluation",
+    "Generations",
+    "InjectionSearch",
+    "evaluate",
+    "generate",
+    "inject",
+    "random_vector",
+    "tune_injection",
+]

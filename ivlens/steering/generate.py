@@ -1,0 +1,93 @@
+"""Continuations with and without a vector, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ivlens.models.backends import backend_of
+from ivlens.running.decoding import complete
+from ivlens.running.positions import Injection
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.prompts import Prompt
+from ivlens.vectors.vector import InstructionVector
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Generations", "generate"]
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Greedy continuations side by side. Shows as a table in Jupyter.
+
+    Attributes
+    ----------
+    prompts
+        The prompts' texts.
+    texts
+        From a condition ("no vector", "+ vector", "− vector") to one continuation per prompt.
+    """
+
+    prompts: list[str]
+    texts: dict[str, list[str]]
+
+    def __getitem__(self, condition: str) -> list[str]:
+        return self.texts[condition]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per prompt, one column per condition."""
+        import pandas as pd
+
+        return pd.DataFrame({"prompt": self.prompts, **self.texts})
+
+    def _repr_html_(self) -> str:
+        frame = self.to_dataframe()
+        return frame.to_html(index=False)  # escapes
+
+    def __repr__(self) -> str:
+        return self.to_dataframe().map(lambda text: repr(text)[1:-1]).to_string(index=False, max_colwidth=60)
+
+
+def generate(
+    model: Any,
+    prompts: str | Prompt | Sequence[str | Prompt],
+    *,
+    vector: InstructionVector | Tensor | None = None,
+    layer: int | None = None,
+    scale: float | None = None,
+    positions: str = "last",
+    mode: str = "sum",
+    max_new_tokens: int = 10,
+    stop: str | None = "\n",
+    batch_size: int = 64,
+) -> Generations:
+    """Greedy continuations without the vector, with it, and with it subtracted.
+
+    Parameters
+    ----------
+    vector, layer, scale, positions, mode
+        As in `inject`. Without a vector there is one column.
+    stop
+        Text that ends a continuation (after something has been said); None for none but the end-of-text token.
+
+    Notes
+    -----
+    For sampling and everything else `generate` of the model can do, call that inside `inject`.
+    """
+    backend = backend_of(model)
+    prompts = [prompts] if not isinstance(prompts, Sequence) or isinstance(prompts, str) else list(prompts)
+    rows = tokenize(backend, prompts)
+    injections: dict[str, Injection | None] = {"no vector": None}
+    if vector is not None:
+        options: dict[str, Any] = {"layer": layer, "positions": positions, "mode": mode}
+        plus = Injection.of(backend, vector, scale=scale, **options)
+        injections["+ vector"] = plus
+        injections["− vector"] = Injection({k: -v for k, v in plus.additions.items()}, positions)
+    done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
+    shown = [p if isinstance(p, str) else p.render(backend.tokenizer) for p in prompts]
+    return Generations(shown, {name: c.texts for name, c in done.items()})
