@@ -11,7 +11,15 @@ import torch
 from jaxtyping import install_import_hook
 
 # Where tensors travel, the shapes in the annotations are checked while the tests run.
-CHECKED = ("models", "running", "patching.heads", "patching.residual", "vectors.extraction")
+CHECKED = (
+    "models",
+    "running.replay",
+    "running.scores",
+    "running.decoding",
+    "patching.heads",
+    "patching.residual",
+    "vectors.extraction",
+)
 install_import_hook([f"ivlens.{room}" for room in CHECKED], "beartype.beartype")
 
 import ivlens as ivl  # noqa: E402
