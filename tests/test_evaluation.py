@@ -1,5 +1,6 @@
 """Scores, controls, intervals and gains."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,8 @@ import ivlens as ivl
 from ivlens.common.statistics import bootstrap_mean, wilson
 from ivlens.models import backend_of
 from ivlens.models.head import Head
-from ivlens.steering.controls import CONTROLS
+from ivlens.steering.controls import CONTROLS, random_vector
+from ivlens.vectors.vector import InstructionVector
 
 pytestmark = pytest.mark.model
 
@@ -29,8 +31,27 @@ def scores(model, task, other_task, vectors):
 
 def test_every_condition_is_scored_on_the_same_prompts_of_the_test_split(scores, task):
     assert scores.conditions == ["no vector", "vector", *CONTROLS, "2 demonstrations"]
-    for _, part in scores.scores[scores.scores["task"] == "past"].groupby("condition"):
+    for _, part in scores.scores[scores.scores["task"] == "past"].groupby(["condition", "draw"]):
         assert list(part["input"]) == [x.input for x in task.test]
+
+
+def test_random_controls_are_drawn_several_times_each_its_own_direction(scores, model):
+    draws = scores.scores.groupby("condition")["draw"].nunique()
+    assert draws["random vector"] == draws["random heads"] == 2 and draws["vector"] == draws["no vector"] == 1
+    frame = scores.to_dataframe()
+    assert set(frame[frame["task"] == "past"]["n"]) == {9}  # prompts, not prompts × draws
+    vectors = [InstructionVector(torch.ones(32), metadata={"task": name}) for name in ("past", "plural")]
+    drawn = [random_vector(v, draw=i) for v in vectors for i in (0, 1)]
+    assert all(abs(a.cosine(b)) < 0.9 for a, b in itertools.combinations(drawn, 2))
+
+
+def test_each_head_at_its_own_layer_has_a_random_control_too(model, task, other_task):
+    heads = [ivl.Head(0, 1), ivl.Head(2, 3)]
+    vectors = {t.name: ivl.extract_vector(model, t, heads, shots=2, n_prompts=4) for t in (task, other_task)}
+    found = ivl.evaluate(model, [task, other_task], vectors=vectors, mode="heads", n_prompts=4, progress=False)
+    assert found.conditions == ["no vector", "vector", *CONTROLS]
+    control = random_vector(vectors["past"], by_heads=True)
+    torch.testing.assert_close(control.shares.norm(dim=1), vectors["past"].shares.norm(dim=1))
 
 
 def test_scores_equal_a_forward_pass_and_greedy_decoding_by_hand(model, task, scores):
@@ -90,7 +111,7 @@ def test_unknown_metric_control_and_missing_vector_are_named(model, task, other_
 
 def test_random_vector_control_has_the_norm_of_the_vector(vectors):
     vector = vectors["past"]
-    random = ivl.extraction.random_vector(vector, seed=3)
+    random = ivl.steering.random_vector(vector, seed=3)
     assert random.norm() == pytest.approx(vector.norm(), rel=1e-5)
     assert abs(random.cosine(vector)) < 0.7
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 import ivlens as ivl
+from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models import backend_of
 from ivlens.models.head import Head
 from ivlens.patching import mean_head_outputs
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.extraction import vector_from_heads
-from ivlens.vectors.vector import FILE, InstructionVector
+from ivlens.vectors.files import FILE
+from ivlens.vectors.vector import InstructionVector
+from tests import tiny
 
 SIGNATURE = {"n_layers": 3, "n_heads": 4, "d_model": 4, "d_vocab": 200}
 
@@ -56,7 +60,36 @@ def test_adding_joins_the_heads_and_adds_shares_of_common_ones():
     both = a + b
     assert both.heads == ((0, 1), (1, 0), (2, 3))
     torch.testing.assert_close(both.shares, torch.stack([a.shares[0], b.shares[1], a.shares[1] + b.shares[0]]))
-    assert (a + random_vector(b)).heads == a.heads
+    assert (a + random_vector(b)).heads == ()  # shares that don't add up to the sum are none
+
+
+def test_a_sum_keeps_what_is_true_of_both():
+    a, b = make(0), make(1)
+    assert (a + b).layer == (b + a).layer == 1 and (a + b).scale == 2.0
+    other = dataclasses.replace(b, layer=2, scale=0.5)
+    assert (a + other).layer is (other + a).layer is None and (a + other).scale == (other + a).scale == 1.0
+
+
+def test_vectors_compare_by_their_numbers_heads_layer_and_scale():
+    a = make(0, ((0, 1),))
+    assert a == make(0, ((0, 1),)) and hash(a) == hash(make(0, ((0, 1),)))
+    assert a != make(1, ((0, 1),)) and a != dataclasses.replace(a, layer=2) and a != "a"
+
+
+def test_edits_of_the_readable_file_count_and_others_are_refused(tmp_path):
+    make(0, ((0, 1),)).save(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    card = json.loads((tmp_path / "vector.json").read_text())
+    (tmp_path / "vector.json").write_text(json.dumps({**card, "layer": "2", "scale": 5}))
+    loaded = ivl.InstructionVector.load(tmp_path)
+    assert (loaded.layer, loaded.scale) == (2, 5.0) and (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "vector.json").write_text(json.dumps({**card, "layer": "two"}))
+    with pytest.raises(ValueError, match="can't be read"):
+        ivl.InstructionVector.load(tmp_path)
+    tensors, about = read_tensors(tmp_path / "vector.safetensors")
+    write_tensors(tmp_path / "vector.safetensors", tensors, {**about, "layer": 0})
+    with pytest.raises(ValueError, match="was changed after it was saved"):
+        ivl.InstructionVector.load(tmp_path)
 
 
 def test_norm_and_cosine_are_the_usual_ones():
@@ -78,12 +111,12 @@ def test_a_random_vector_has_the_norm_layer_and_scale_but_another_direction():
 def test_bad_values_are_refused():
     a = make(0)
     wide, foreign = InstructionVector(torch.ones(5)), make(1, signature={**SIGNATURE, "d_vocab": 7})
-    with pytest.raises(ValueError, match=r"has one dimension, \[d_model\]; got shape \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"has one dimension, \[d_model\].*\(1, 4\)"):
         InstructionVector(torch.ones(1, 4))
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="holds NaN or infinite values; extract it again"):
             InstructionVector(torch.tensor([1.0, bad]))
-    with pytest.raises(ValueError, match="2 heads but shares of shape None"):
+    with pytest.raises(ValueError, match="2 heads of width 4, but shares of shape None"):
         InstructionVector(torch.ones(4), a.heads)
     with pytest.raises(ValueError, match="can't add vectors of width 4 and 5; they belong to different models"):
         a + wide
@@ -176,8 +209,18 @@ def test_pushing_uploads_a_folder_that_loads_with_a_card(monkeypatch, tmp_path):
 def test_a_vector_is_the_sum_of_the_heads_mean_outputs_through_w_o(load, task, name):
     model, heads = load(name), [(2, 0), (0, 3), (1, 1)]
     vector = ivl.extract_vector(model, task, heads, shots=2, n_prompts=5, seed=3)
-    means = mean_head_outputs(model, build_prompts(task, n=5, shots=2, seed=3))
-    expected = torch.stack([means[layer, head] @ model.W_O[layer, head].detach() for layer, head in sorted(heads)])
+    z = torch.stack([mean_head_outputs(model, [p]) for p in build_prompts(task, n=5, shots=2, seed=3)])
+    expected = torch.stack([z.mean(0)[layer, head] @ model.W_O[layer, head].detach() for layer, head in sorted(heads)])
+    if (
+        norm := getattr(model.blocks[0], "ln1_post", None)
+    ) is not None:  # divided by the scale on each prompt, times the weight
+        for i, (layer, _) in enumerate(sorted(heads)):
+            norm = getattr(model.blocks[layer].ln1_post, "original_component", model.blocks[layer].ln1_post)
+            rms = (
+                torch.stack([torch.einsum("hd,hdm->m", x[layer], model.W_O[layer]) for x in z]).square().mean(-1).sqrt()
+            )
+            gain = 1 + norm.weight if hasattr(norm, "weight") else norm.w
+            expected[i] = expected[i] * (1 / rms).mean() * gain.detach()
     assert vector.heads == ((0, 3), (1, 1), (2, 0))
     torch.testing.assert_close(vector.shares, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(vector.vector, expected.sum(0), atol=1e-5, rtol=1e-4)
@@ -230,3 +273,41 @@ def test_a_vector_of_another_model_is_refused(load, model):
     ):
         foreign.check_model(model)
     InstructionVector(torch.ones(32), metadata={"signature": backend.signature}).check_model(model)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2"])
+def test_shares_add_up_to_what_the_attention_adds(load, name):
+    model = load(name)
+    backend, z, resid = backend_of(model), {}, {}
+
+    def keep(where, key):
+        return lambda x, hook: where.__setitem__(key, x[0, -1].detach().float())
+
+    hooks = [(backend.z_hook(layer), keep(z, layer)) for layer in range(3)]
+    hooks += [
+        (f"blocks.{layer}.hook_resid_{at}", keep(resid, (layer, at))) for layer in range(3) for at in ("pre", "mid")
+    ]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        model(tiny.tokens(9)[0][None])
+    for layer in range(3):
+        added = resid[layer, "mid"] - resid[layer, "pre"]
+        silent = backend.head_shares(layer, z[layer] * 0).sum(0)
+        shares = backend.head_shares(layer, z[layer].reshape(backend.n_heads, -1)).sum(0)
+        bias = backend.project(layer, torch.zeros(1, backend.n_heads, backend.d_head)).abs().max()
+        assert not silent.any() and torch.cosine_similarity(shares, added, dim=0) > (0.99 if bias == 0 else 0.8)
+        if bias == 0:
+            torch.testing.assert_close(shares, added, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.model
+def test_a_vector_saved_before_the_norm_counted_says_so(load, task):
+    model = load("gemma2")
+    vector = ivl.extract_vector(model, task, [(0, 0)], shots=2, n_prompts=3)
+    assert set(vector.metadata["norm_scales"]) == {"0"}
+    vector.check_model(model)
+    old = dataclasses.replace(vector, metadata={k: v for k, v in vector.metadata.items() if k != "unit"})
+    with pytest.warns(UserWarning, match="before shares went through the norm"):
+        old.check_model(model)
+    with pytest.raises(ValueError, match="can't add a vector saved before"):
+        old + vector

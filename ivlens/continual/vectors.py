@@ -14,7 +14,8 @@ from ivlens.patching.heads import locate_heads
 from ivlens.steering.tuning import tune_injection
 from ivlens.training.methods import Guided
 from ivlens.vectors.extraction import extract_vector
-from ivlens.vectors.vector import FILE, InstructionVector
+from ivlens.vectors.files import FILE
+from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["base_vectors", "similarities"]
 

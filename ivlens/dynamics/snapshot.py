@@ -140,8 +140,7 @@ def take_snapshot(
     found: dict[str, dict[str, Any]] = {name: {} for name in ("vectors", "hidden", "accuracy", "log_probability")}
     for task, shown in prompts.items():
         read = read_prompts(backend, shown.mean, z=True, batch_size=batch_size, bar=bar)
-        mean = read.z.double().mean(0).float()
-        vector = vector_from_heads(model, mean, heads, task=task, n_prompts=len(shown.mean))
+        vector = vector_from_heads(model, read.z, heads, task=task, n_prompts=len(shown.mean))
         answered = read_prompts(backend, shown.answered, resid=True, batch_size=batch_size, bar=bar)
         found["vectors"][task] = vector
         found["hidden"][task] = _hidden_similarity(answered, vector if base is None else base.vectors[task])

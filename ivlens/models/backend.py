@@ -164,9 +164,50 @@ class Backend(ABC):
         `masks` say, per layer, which keys each packed query sees once all copies are there.
         """
 
+    # -- what heads write -------------------------------------------------------------------------------------------
     @abstractmethod
-    def head_shares(self, layer: int, z: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_model"]:
-        """What each head's output adds to the attention output, without the layer's output bias."""
+    def project(self, layer: int, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row d_model"]:
+        """The attention's output for these heads' outputs, bias and adapters included."""
+
+    @abstractmethod
+    def post_norm(self, layer: int) -> Any:
+        """The norm that the attention's output goes through before it is added (Gemma 2 and 3, OLMo 2), or None."""
+
+    @property
+    def residual_multiplier(self) -> float:
+        """What a layer's output is multiplied by before it is added (Granite)."""
+        return 1.0
+
+    def norm_scales(self, layer: int, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, " row"]:
+        """1 / root mean square of the attention's output, which the norm after it divides by; 1 where there is none."""
+        norm = self.post_norm(layer)
+        if norm is None:
+            return torch.ones(len(z))
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6))
+        return (self.project(layer, z).float().square().mean(-1) + eps).rsqrt().cpu()
+
+    def head_shares(
+        self, layer: int, z: Float[Tensor, "head d_head"], scale: float | None = None
+    ) -> Float[Tensor, "head d_model"]:
+        """What each head's output adds to the residual stream, without the layer's output bias.
+
+        Parameters
+        ----------
+        scale
+            `norm_scales` of the prompts behind z, their mean; None: of z itself, as of one prompt. Where no norm follows the
+            attention it says nothing.
+        """
+        rows = torch.zeros(self.n_heads + 1, self.n_heads, self.d_head, device=z.device, dtype=z.dtype)
+        index = torch.arange(self.n_heads, device=z.device)
+        rows[index, index] = z
+        out = self.project(layer, rows)
+        shares = ((out[:-1] - out[-1]) * self.residual_multiplier).to(z)
+        norm = self.post_norm(layer)
+        if norm is None:
+            return shares
+        scale = self.norm_scales(layer, z[None]).item() if scale is None else scale
+        gain = norm(torch.ones(1, 1, self.d_model, device=out.device, dtype=torch.float32))[0, 0]  # of ones, its weight
+        return shares * scale * gain.to(shares)
 
 
 def append_copies(x: Float[Tensor, "batch rows d"], block: int, new: int) -> Float[Tensor, "batch more d"]:

@@ -128,16 +128,19 @@ class BridgeBackend(Backend):
             )
         return logits.unflatten(1, (copies, keep))
 
-    def head_shares(self, layer, z):
+    def project(self, layer, z):
         projection = self.model.blocks[layer].attn.o.original_component
         # Through the module itself, not W_O: adapters and quantisation on the projection count.
         parameter = next(projection.parameters())
         dtype = parameter.dtype if parameter.is_floating_point() else self.model.cfg.dtype
-        alone = torch.zeros(self.n_heads + 1, self.n_heads, self.d_head, device=parameter.device, dtype=dtype)
-        index = torch.arange(self.n_heads, device=parameter.device)
-        alone[index, index] = z.to(parameter.device, dtype)
-        out = projection(alone.flatten(1)[:, None])[:, 0]
-        return (out[:-1] - out[-1]).to(z)
+        return projection(z.to(parameter.device, dtype).flatten(1)[:, None])[:, 0]
+
+    def post_norm(self, layer):
+        return getattr(getattr(self.model.blocks[layer], "ln1_post", None), "original_component", None)
+
+    @property
+    def residual_multiplier(self):
+        return getattr(self.hf_model.config, "residual_multiplier", 1.0)
 
 
 @contextmanager

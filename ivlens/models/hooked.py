@@ -84,9 +84,12 @@ class HookedBackend(Backend):
         x = x.unflatten(1, (n_copies, block))[:, :, block - keep :]
         return self._unembed(x.flatten(1, 2)).unflatten(1, (n_copies, keep))
 
-    def head_shares(self, layer, z):
-        weight = self.model.blocks[layer].attn.W_O
-        return einsum(z.to(weight), weight, "head d_head, head d_head d_model -> head d_model").to(z)
+    def project(self, layer, z):
+        attn = self.model.blocks[layer].attn
+        return einsum(z.to(attn.W_O), attn.W_O, "row head d_head, head d_head d_model -> row d_model") + attn.b_O
+
+    def post_norm(self, layer):
+        return getattr(self.model.blocks[layer], "ln1_post", None)
 
 
 @contextmanager

@@ -25,10 +25,9 @@ from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 
-__all__ = ["head_effects", "locate_heads", "mean_head_outputs"]
+__all__ = ["head_effects", "head_outputs", "locate_heads", "mean_head_outputs"]
 
 
-@torch.inference_mode()
 def mean_head_outputs(
     model: Any,
     prompts: Sequence[Prompt | str | Tensor],
@@ -37,7 +36,21 @@ def mean_head_outputs(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Float[Tensor, "layer head d_head"]:
-    """Mean output of every head (`hook_z`) at the last prompt token: z̄ of the paper (IV §3; FV §2.2).
+    """Mean output of every head (`hook_z`) at the last prompt token: z̄ of the paper (IV §3; FV §2.2); see `head_outputs`."""
+    read = head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
+    return read.double().mean(0).float()
+
+
+@torch.inference_mode()
+def head_outputs(
+    model: Any,
+    prompts: Sequence[Prompt | str | Tensor],
+    *,
+    only_correct: bool = False,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Float[Tensor, "prompt layer head d_head"]:
+    """Output of every head at every prompt's last token.
 
     Parameters
     ----------
@@ -61,7 +74,7 @@ def mean_head_outputs(
         raise ValueError(
             "the model answers none of the prompts correctly; use more shots, other prompts, or only_correct=False"
         )
-    return z.double().mean(0).float()
+    return z
 
 
 def head_effects(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +36,14 @@ class Completions:
 def complete(
     backend: Backend,
     rows: Sequence[TokenizedPrompt],
-    injections: Mapping[str, Injection | None],
+    injections: Mapping[Hashable, Injection | None],
     *,
     max_new_tokens: int | None = None,
     stop: str | None = "\n",
     wanted: Sequence[str] | None = None,
     batch_size: int = 64,
     bar: tqdm | None = None,
-) -> dict[str, Completions]:
+) -> dict[Hashable, Completions]:
     """Decode and score every prompt under every injection.
 
     A vector at the last prompt token leaves the keys and values before it alone, so these are computed once per prompt and

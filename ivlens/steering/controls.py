@@ -20,40 +20,65 @@ __all__ = ["CONTROLS", "random_vector", "with_controls"]
 CONTROLS = ("random vector", "random heads", "other task")
 
 
-def random_vector(like: InstructionVector, *, seed: int = 0) -> InstructionVector:
-    """A control: a random direction of the same norm, at the same layer and scale."""
-    noise = torch.randn(like.d_model, generator=torch.Generator().manual_seed(seed))
-    metadata = {k: like.metadata[k] for k in ("model", "signature") if k in like.metadata}
+def random_vector(
+    like: InstructionVector, *, seed: int = 0, draw: int = 0, by_heads: bool = False
+) -> InstructionVector:
+    """A control: a random direction of the same norm, at the same layer and scale; another one for every task and draw.
+
+    Parameters
+    ----------
+    by_heads
+        A random direction for each head instead, of its share's norm: the control of `mode="heads"`.
+    """
+    numbers = random.Random(f"{seed}/{like.name}/{draw}").getrandbits(63)
+    generator = torch.Generator().manual_seed(numbers)
+    rows = like.shares if by_heads else like.vector[None]
+    noise = torch.randn(rows.shape, generator=generator).to(rows)
+    noise *= rows.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
     return InstructionVector(
-        noise / noise.norm() * like.norm(),
+        noise.sum(0),
+        like.heads if by_heads else (),
+        noise if by_heads else None,
         layer=like.layer,
         scale=like.scale,
-        metadata={**metadata, "task": f"random vector {seed}"},
+        metadata={
+            **{k: like.metadata[k] for k in ("model", "signature", "unit") if k in like.metadata},
+            "task": f"random vector {seed}/{draw}",
+        },
     )
 
 
 def with_controls(
-    model: Any, task: Task, vectors: Mapping[str, InstructionVector], controls: Sequence[str], seed: int
-) -> dict[str, InstructionVector]:
-    """The task's vector and its controls, all with its layer and scale."""
+    model: Any,
+    task: Task,
+    vectors: Mapping[str, InstructionVector],
+    controls: Sequence[str],
+    *,
+    mode: str = "sum",
+    draws: int = 1,
+    seed: int = 0,
+) -> dict[str, list[InstructionVector]]:
+    """The task's vector and its controls, all with its layer and scale; of those that are random so many draws."""
     vector = vectors[task.name]
-    out = {"vector": vector}
+    out = {"vector": [vector]}
     if "random vector" in controls:
-        out["random vector"] = random_vector(vector, seed=seed)
+        by_heads = mode == "heads"
+        out["random vector"] = [random_vector(vector, seed=seed, draw=i, by_heads=by_heads) for i in range(draws)]
     if "random heads" in controls and vector.heads:
-        out["random heads"] = replace(_random_heads(model, task, vector, seed), layer=vector.layer, scale=vector.scale)
+        drawn = [_random_heads(model, task, vector, f"{seed}/{task.name}" + f"/{i}" * (i > 0)) for i in range(draws)]
+        out["random heads"] = [replace(each, layer=vector.layer, scale=vector.scale) for each in drawn]
     names = list(vectors)
     other = vectors[names[(names.index(task.name) + 1) % len(names)]]
-    if "other task" in controls and other is not vector:
-        out["other task"] = replace(other, layer=vector.layer, scale=vector.scale)
+    if "other task" in controls and other is not vector and (mode == "sum" or other.heads):
+        out["other task"] = [replace(other, layer=vector.layer, scale=vector.scale)]
     return out
 
 
-def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: int) -> InstructionVector:
+def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: str) -> InstructionVector:
     """As many heads that aren't the vector's, their shares taken from prompts like those behind the vector."""
     backend = backend_of(model)
     rest = [Head(layer, h) for layer in range(backend.n_layers) for h in range(backend.n_heads)]
     rest = [head for head in rest if head not in vector.heads]
-    heads = random.Random(f"{seed}/{task.name}").sample(rest, min(len(vector.heads), len(rest)))
+    heads = random.Random(seed).sample(rest, min(len(vector.heads), len(rest)))
     options = {k: vector.metadata[k] for k in ("shots", "instruction", "style") if k in vector.metadata}
-    return extract_vector(model, task, heads, n_prompts=20, seed=seed, **options)
+    return extract_vector(model, task, heads, n_prompts=20, seed=int(seed.split("/")[0]), **options)

@@ -32,6 +32,7 @@ __all__ = ["CONTROLS", "METRICS", "Evaluation", "evaluate"]
 METRICS = ("first_token", "exact_match", "rouge_l", "probability")
 BINARY = ("first_token", "exact_match")
 BASELINE = "no vector"
+Condition = tuple[str, int]  # its name, and which draw of a random control
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Evaluation:
     Attributes
     ----------
     scores
-        One row per task, condition and prompt: the metrics, the answer, and the generated text.
+        One row per task, condition, draw and prompt: the metrics, the answer, and the generated text.
     metadata
         Model and settings.
     """
@@ -68,8 +69,9 @@ class Evaluation:
         rows = []
         for (task, condition), part in self.scores.groupby(["task", "condition"], sort=False):
             for metric in self.metrics:
-                values = part[metric].to_numpy(float)
-                low, high = wilson(values) if metric in BINARY else bootstrap_mean([values])
+                values = part.groupby("prompt")[metric].mean().to_numpy(float)  # over draws
+                hits = metric in BINARY and len(values) == len(part)
+                low, high = wilson(values) if hits else bootstrap_mean([values])
                 row = {"task": task, "condition": condition, "metric": metric, "mean": values.mean()}
                 rows.append({**row, "low": low, "high": high, "n": len(values)})
         return pd.DataFrame(rows)
@@ -80,7 +82,7 @@ class Evaluation:
 
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
-        table = self.scores.pivot(index=["task", "prompt"], columns="condition", values=metric)
+        table = self.scores.pivot_table(index=["task", "prompt"], columns="condition", values=metric, sort=False)
         rows = []
         for condition in self.conditions:
             if condition == BASELINE:
@@ -150,6 +152,7 @@ def evaluate(
     positions: str = "last",
     mode: str = "sum",
     controls: Sequence[str] = CONTROLS,
+    draws: int = 2,
     reference_shots: int | None = None,
     metrics: Sequence[str] = METRICS,
     batch_size: int = 64,
@@ -166,6 +169,8 @@ def evaluate(
     controls
         Beside the vector: `random vector` (same norm), `random heads` (as many others' shares), `other task` (the next
         task's vector), all at the vector's layer and scale. `()` for none.
+    draws
+        How often the random controls are drawn, anew for every task; a prompt's score is the mean over draws.
     reference_shots
         Also score prompts with this many demonstrations and no vector.
     metrics
@@ -197,15 +202,18 @@ def evaluate(
     with tqdm(total=len(suite), desc="evaluating", disable=not progress) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
-            conditions: dict[str, Injection | None] = {BASELINE: None}
+            conditions: dict[Condition, Injection | None] = {(BASELINE, 0): None}
             if vectors is not None:
-                for name, vector in with_controls(model, task, vectors, controls, seed).items():
-                    conditions[name] = Injection.of(backend, vector, **options)
+                drawn = with_controls(model, task, vectors, controls, mode=mode, draws=draws, seed=seed)
+                for name, some in drawn.items():
+                    conditions |= {(name, i): Injection.of(backend, v, **options) for i, v in enumerate(some)}
             prompts = build_prompts(task, shots=shots, **prompt_options)
             rows += _score(backend, task, prompts, conditions, metrics, batch_size)
             if reference_shots is not None:
                 shown = build_prompts(task, shots=reference_shots, **prompt_options)
-                rows += _score(backend, task, shown, {f"{reference_shots} demonstrations": None}, metrics, batch_size)
+                rows += _score(
+                    backend, task, shown, {(f"{reference_shots} demonstrations", 0): None}, metrics, batch_size
+                )
             bar.update()
     import pandas as pd
 
@@ -222,7 +230,7 @@ def _score(
     backend: Backend,
     task: Task,
     prompts: Sequence[Prompt],
-    conditions: Mapping[str, Injection | None],
+    conditions: Mapping[Condition, Injection | None],
     metrics: Sequence[str],
     batch_size: int,
 ) -> list[dict[str, Any]]:
@@ -237,7 +245,7 @@ def _score(
     )
     rouge = rouge_scorer() if "rouge_l" in metrics else None
     rows = []
-    for condition, result in done.items():
+    for (condition, draw), result in done.items():
         for i, prompt in enumerate(prompts):
             answer, text = prompt.query.output, result.texts[i].strip()
             values = {"first_token": result.first_token[i], "probability": math.exp(result.log_probability[i])}
@@ -245,7 +253,13 @@ def _score(
                 values["exact_match"] = float(text == answer.strip())
             if rouge is not None:
                 values["rouge_l"] = rouge.score(answer, text)["rougeL"].fmeasure
-            row = {"task": task.name, "condition": condition, "prompt": i, **{m: values[m] for m in metrics}}
+            row = {
+                "task": task.name,
+                "condition": condition,
+                "draw": draw,
+                "prompt": i,
+                **{m: values[m] for m in metrics},
+            }
             rows.append({**row, "input": prompt.query.input, "answer": answer, "text": text})
     return rows
 

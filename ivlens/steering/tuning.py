@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,8 @@ def tune_injection(
     Parameters
     ----------
     layers, scales
-        Default: every layer; scales 0.5 to 4 (negative for `goal="suppress"`).
+        Default: every layer; 0.5 to 4 times what the heads write (negative for `goal="suppress"`). A warning says where the best
+        stands at the edge, or nothing is better than no vector.
     goal
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
     shots, instruction, style
@@ -119,6 +121,29 @@ def tune_injection(
     options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
     values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, **options)
     found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
-    return InjectionSearch(
-        vector, found[..., 0], found[..., 1], baseline.mean().item(), layers, scales, len(prompts), goal
-    )
+    n = len({prompt.query for prompt in prompts})
+    search = InjectionSearch(vector, found[..., 0], found[..., 1], baseline.mean().item(), layers, scales, n, goal)
+    _warn(search)
+    return search
+
+
+def _warn(search: InjectionSearch) -> None:
+    """Of a best that better ones may lie beyond, or that is none."""
+    best, sign = search.best, 1 if search.goal == "induce" else -1
+    layer, scale = search.layers.index(best.layer), search.scales.index(best.scale)
+    gain = sign * (search.accuracy[layer, scale].item() - search.baseline)
+    row = sign * search.accuracy[layer]
+    others = [row[i].item() for i in range(len(search.scales)) if i != scale]
+    if gain <= 0:
+        warnings.warn(
+            f"nothing tried is better than no vector ({search!r}); try other heads, more scales, or `mode='heads'` in inject",
+            stacklevel=3,
+        )
+    elif (
+        abs(best.scale) in (min(map(abs, search.scales)), max(map(abs, search.scales)))
+        and others
+        and row[scale].item() > max(others)
+    ):
+        warnings.warn(
+            f"the best scale stands at the edge of those tried ({search!r}); pass scales beyond it", stacklevel=3
+        )

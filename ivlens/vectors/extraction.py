@@ -12,18 +12,31 @@ from torch import Tensor
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.patching.heads import mean_head_outputs
+from ivlens.patching.heads import head_outputs
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
-from ivlens.vectors.vector import InstructionVector
+from ivlens.vectors.vector import RESIDUAL, InstructionVector
 
 __all__ = ["extract_vector", "vector_from_heads"]
 
 
+@torch.no_grad()
 def vector_from_heads(
-    model: Any, means: Float[Tensor, "layer head d_head"], heads: Sequence[Head | tuple[int, int]], **metadata: Any
+    model: Any,
+    outputs: Float[Tensor, "layer head d_head"] | Float[Tensor, "prompt layer head d_head"],
+    heads: Sequence[Head | tuple[int, int]],
+    **metadata: Any,
 ) -> InstructionVector:
-    """θ = Σ z̄[l, h] · W_O[l, h] over `heads`, without output biases (IV §3). Adapters on the projection count."""
+    """θ = Σ z̄[l, h] · W_O[l, h] over `heads`, without output biases (IV §3), as it's added to the residual stream.
+
+    Adapters on the projection count. Where a norm follows the attention (Gemma 2 and 3, OLMo 2) shares go through it, with its
+    scale as it is on the prompts, on average; the vector's metadata holds it (`norm_scales`, by layer).
+
+    Parameters
+    ----------
+    outputs
+        `head_outputs` of the prompts, or their mean alone: then the norm's scale is that of the mean.
+    """
     backend = backend_of(model)
     heads = [Head(*h) for h in heads]
     if not heads:
@@ -31,13 +44,19 @@ def vector_from_heads(
     for head in heads:
         backend.check_head(*head)
     heads = tuple(sorted({Head(backend.check_layer(h.layer), h.head) for h in heads}))
-    with torch.inference_mode():
-        by_layer = {layer: backend.head_shares(layer, means[layer]) for layer in {h.layer for h in heads}}
+    each = outputs if outputs.dim() == 4 else outputs[None]
+    means = each.double().mean(0).float()
+    layers = sorted({h.layer for h in heads})
+    scales = {layer: backend.norm_scales(layer, each[:, layer]).mean().item() for layer in layers}
+    by_layer = {layer: backend.head_shares(layer, means[layer], scales[layer]) for layer in layers}
     shares = torch.stack([by_layer[h.layer][h.head].float().cpu() for h in heads]).clone()
+    normed = {str(layer): scale for layer, scale in scales.items() if backend.post_norm(layer) is not None}
     about = {
         "model": backend.name,
         "signature": backend.signature,
         "hook": "attn.hook_z · W_O",
+        "unit": RESIDUAL,
+        **({"norm_scales": normed} if normed else {}),
         **metadata,
         **_versions(),
     }
@@ -87,8 +106,8 @@ def extract_vector(
     else:
         prompts = list(task)
         about = {"n_prompts": len(prompts), "task": prompts[0].task if prompts else ""}
-    means = mean_head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
-    return vector_from_heads(model, means, heads, only_correct=only_correct, **about)
+    outputs = head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
+    return vector_from_heads(model, outputs, heads, only_correct=only_correct, **about)
 
 
 def _versions() -> dict[str, str]:

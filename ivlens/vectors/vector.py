@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.running.positions import Injection, injected
+from ivlens.vectors.files import FILE, describe, read_vector, write_vector
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["InstructionVector"]
 
-KIND = "instruction vector"
-FILE, CARD = "vector.safetensors", "vector.json"
+RESIDUAL = "as added to the residual stream"  # what a vector is in, `unit` of its metadata
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InstructionVector:
     """A direction in the residual stream that carries an instruction (θ_c of the paper, IV §3).
 
@@ -48,8 +47,8 @@ class InstructionVector:
 
     Notes
     -----
-    A value: `a + b`, `a - b`, `2 * a`, `a / 2`, `-a` give new vectors. On models with a norm after the attention output
-    (Gemma 2 and 3, OLMo 2) it is the head's output before that norm.
+    A value: `a + b`, `a - b`, `2 * a`, `a / 2`, `-a` give new vectors, `a == b` compares numbers, heads, layer and scale. A sum
+    keeps the layer and the scale on which both agree. Scale 1 is as much as the heads write themselves, on every architecture.
     """
 
     vector: Float[Tensor, " d_model"]
@@ -60,16 +59,42 @@ class InstructionVector:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.vector.dim() != 1:
+        if self.vector.dim() != 1 or not self.vector.is_floating_point():
             raise ValueError(
-                f"an instruction vector has one dimension, [d_model]; got shape {tuple(self.vector.shape)}"
+                f"an instruction vector has one dimension, [d_model], of floating-point numbers; got {self.vector.dtype} of shape "
+                f"{tuple(self.vector.shape)}"
             )
-        if not torch.isfinite(self.vector).all():
+        if not all(torch.isfinite(x).all() for x in (self.vector, self.shares) if x is not None):
             raise ValueError("the vector holds NaN or infinite values; extract it again")
-        if len(self.heads) != (0 if self.shares is None else len(self.shares)):
-            raise ValueError(
-                f"{len(self.heads)} heads but shares of shape {None if self.shares is None else tuple(self.shares.shape)}"
-            )
+        if not isinstance(self.metadata, dict):
+            raise ValueError(f"metadata={self.metadata!r} is no dictionary")
+        object.__setattr__(self, "layer", None if self.layer is None else _whole(self.layer, "layer"))
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale!r} is no finite number")
+        heads, most = [], self.metadata.get("signature", {})
+        for head in self.heads:
+            if len(head) != 2:
+                raise ValueError(f"heads holds {head!r}; give pairs of layer and head")
+            heads.append(Head(*(_whole(x, "head") for x in head)))
+            if any(x < 0 or x >= most.get(key, math.inf) for x, key in zip(heads[-1], ("n_layers", "n_heads"))):
+                raise ValueError(
+                    f"there is no head {heads[-1]} in the model that the vector was made for ({_shape(most)})"
+                )
+        object.__setattr__(self, "heads", tuple(heads))
+        expected = (len(heads), self.d_model) if heads else None
+        if (None if self.shares is None else tuple(self.shares.shape)) != expected:
+            shape = None if self.shares is None else tuple(self.shares.shape)
+            raise ValueError(f"{len(heads)} heads of width {self.d_model}, but shares of shape {shape}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, InstructionVector):
+            return NotImplemented
+        if (self.heads, self.layer, self.scale) != (other.heads, other.layer, other.scale):
+            return False
+        return torch.equal(self.vector, other.vector) and (not self.heads or torch.equal(self.shares, other.shares))
+
+    def __hash__(self) -> int:
+        return hash((self.heads, self.layer, self.scale, tuple(self.vector.tolist())))
 
     # -- what it is -------------------------------------------------------------------------------------------------
     @property
@@ -103,6 +128,12 @@ class InstructionVector:
                 f"the vector was made for {self.metadata.get('model', 'another model')} ({_shape(mine)}), not for "
                 f"{backend.name} ({_shape(backend.signature)}); extract a vector from this model with ivl.extract_vector"
             )
+        if self.heads and self.metadata.get("unit") != RESIDUAL and backend.post_norm(self.heads[0].layer) is not None:
+            warnings.warn(
+                f"{self.name}: saved before shares went through the norm that follows the attention of {backend.name}: its length "
+                "isn't what the heads write. Extract it again with ivl.extract_vector",
+                stacklevel=4,
+            )
 
     # -- arithmetic -------------------------------------------------------------------------------------------------
     def __add__(self, other: InstructionVector) -> InstructionVector:
@@ -115,14 +146,26 @@ class InstructionVector:
         theirs, mine = other.metadata.get("signature"), self.metadata.get("signature")
         if theirs and mine and theirs != mine:
             raise ValueError(f"can't add vectors of different models ({_shape(mine)} and {_shape(theirs)})")
+        units = [v.metadata.get("unit") for v in (self, other) if v.heads]
+        if len(set(units)) > 1:
+            raise ValueError(
+                "can't add a vector saved before shares went through the norm to one made after; extract it again"
+            )
         shares: dict[Head, Tensor] = {}
-        for v in (self, other):
-            for head, share in zip(v.heads, v.shares if v.shares is not None else ()):
-                shares[head] = shares[head] + share if head in shares else share
+        if self.heads and other.heads:  # else they wouldn't add up to the sum
+            for v in (self, other):
+                for head, share in zip(v.heads, v.shares):
+                    shares[head] = shares[head] + share if head in shares else share
         heads = tuple(sorted(shares))
-        together = torch.stack([shares[h] for h in heads]) if heads else None
-        metadata = {**self.metadata, "task": f"{self.name} + {other.name}"}
-        return replace(self, vector=self.vector + other.vector, heads=heads, shares=together, metadata=metadata)
+        metadata = {k: v for k, v in self.metadata.items() if k in other.metadata and other.metadata[k] == v}
+        return InstructionVector(
+            self.vector + other.vector,
+            heads,
+            torch.stack([shares[h] for h in heads]) if heads else None,
+            layer=self.layer if self.layer == other.layer else None,
+            scale=self.scale if self.scale == other.scale else 1.0,
+            metadata={**metadata, "task": f"{self.name} + {other.name}"},
+        )
 
     def __mul__(self, factor: float) -> InstructionVector:
         if not isinstance(factor, (int, float)):
@@ -164,29 +207,20 @@ class InstructionVector:
     # -- files and the hub ------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
         """Save to a folder: `vector.safetensors` with the numbers and `vector.json` to read."""
-        path = Path(path)
-        tensors = {"vector": self.vector}
-        if self.shares is not None:
-            tensors["shares"] = self.shares
-        about = {"kind": KIND, "heads": [list(h) for h in self.heads], "layer": self.layer, "scale": self.scale}
-        about["metadata"] = self.metadata
-        write_tensors(path / FILE, tensors, about)
-        (path / CARD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        return path
+        return write_vector(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> InstructionVector:
-        """Load from a folder that `save` wrote (or its safetensors file)."""
-        path = Path(path)
-        tensors, about = read_tensors(path / FILE if path.is_dir() or not path.suffix else path, kind=KIND)
-        return cls(
-            tensors["vector"],
-            tuple(Head(*h) for h in about["heads"]),
-            tensors.get("shares"),
-            layer=about["layer"],
-            scale=about["scale"],
-            metadata=about["metadata"],
-        )
+        """Load from a folder that `save` wrote (or its safetensors file).
+
+        Layer and scale are those in `vector.json`, which may be edited by hand; nothing else in it counts.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is no such file, or it is truncated, was changed, or holds no instruction vector.
+        """
+        return cls(**read_vector(path))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **kwargs: Any) -> str:
         """Upload to a Hugging Face repository and return its address. Checked by loading it back before upload."""
@@ -197,7 +231,7 @@ class InstructionVector:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             type(self).load(folder)
-            (Path(folder) / "README.md").write_text(_card(self), encoding="utf-8")
+            (Path(folder) / "README.md").write_text(describe(self), encoding="utf-8")
             huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
             return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **kwargs))
 
@@ -228,18 +262,11 @@ def _tensor(other: InstructionVector | Tensor, width: int) -> Tensor:
     return tensor
 
 
+def _whole(x: Any, name: str) -> int:
+    if isinstance(x, (bool, str)) or x != x or int(x) != x:
+        raise ValueError(f"{name}={x!r} is no whole number")
+    return int(x)
+
+
 def _shape(signature: dict[str, int]) -> str:
     return ", ".join(f"{k} {v}" for k, v in signature.items())
-
-
-def _card(vector: InstructionVector) -> str:
-    """A model card: what the vector is, and how to use it."""
-    about = "\n".join(f"| {k} | {v} |" for k, v in vector.metadata.items())
-    where = 14 if vector.layer is None else vector.layer
-    scale = vector.scale if math.isfinite(vector.scale) else 1.0
-    return (
-        "---\nlibrary_name: ivlens\ntags: [instruction-vector, interpretability]\n---\n"
-        f"# Instruction vector: {vector.name}\n\n{vector!r}\n\n| | |\n|---|---|\n{about}\n\n"
-        "```python\nimport ivlens as ivl\nmodel = ivl.load_model(...)\niv = ivl.InstructionVector.from_pretrained(...)\n"
-        f"with iv.inject(model, layer={where}, scale={scale:g}):\n    ivl.generate(model, [...])\n```\n"
-    )
