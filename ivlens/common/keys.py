@@ -1,19 +1,182 @@
-"""The one key by which anything kept is found again."""
+"""The one key by which anything kept is found again, and what is said where settings differ from those on record."""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["weights_fingerprint"]
+__all__ = ["differences", "files_key", "key", "recorded", "weights_fingerprint"]
+
+WHOLE, SAMPLES = (
+    1 << 16,
+    4096,
+)  # weights up to this size are read whole; of larger ones so many, beside the sums of rows
+
+
+def key(*parts: Any, **named: Any) -> str:
+    """Sixteen hexadecimal digits that are the same for equal parts only, in every process.
+
+    Plain values count by type (`0`, `False` and `"0"` differ), tensors by dtype, shape and bytes, dataclasses by all fields, sets
+    and mappings in any order, functions by name, models by what they compute: configuration, every weight, its dtype, and which
+    adapters are on.
+
+    Raises
+    ------
+    TypeError
+        If a part's contents can't be told.
+
+    Examples
+    --------
+    >>> key(0) == key(False), key((1, 2)) == key([1, 2]), key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
+    (False, True, True)
+    """
+    return _hash(json.dumps(_plain([parts, named])).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """As what JSON can say; everything but plain values and sequences names its type."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "_fields"):  # a named tuple
+        return {"type": _name(type(value)), "is": [_plain(x) for x in value]}
+    if isinstance(value, (list, tuple, range)):
+        return [_plain(x) for x in value]
+    if isinstance(value, (set, frozenset)):
+        return {"type": "set", "is": sorted((_plain(x) for x in value), key=json.dumps)}
+    if isinstance(value, Mapping):
+        return {"type": "mapping", "is": sorted(([_plain(k), _plain(v)] for k, v in value.items()), key=json.dumps)}
+    if isinstance(value, torch.Tensor):
+        return {"type": str(value.dtype), "shape": list(value.shape), "is": _hash(_bytes(value))}
+    if isinstance(value, torch.nn.Module):
+        return {"type": "model", "is": _model(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": _name(type(value)), "is": fields}
+    if isinstance(value, (bytes, Path, torch.dtype, torch.device)):
+        return {"type": type(value).__name__.removeprefix("Posix").removeprefix("Windows"), "is": str(value)}
+    if isinstance(value, type) or hasattr(value, "__qualname__"):
+        if (name := _name(value)) and "<" not in name:
+            return {"type": "name", "is": name}
+    elif hasattr(value, "dtype") and hasattr(value, "tobytes"):  # numpy's arrays and scalars
+        return {"type": str(value.dtype), "shape": list(value.shape), "is": _hash(value.tobytes())}
+    raise TypeError(
+        f"{type(value).__name__} {str(value)[:60]!r} has no key by which results kept for it would be found again; pass plain "
+        "values, tensors, dataclasses or functions with a name, or leave `folder` out"
+    )
+
+
+def _name(of: Any) -> str:
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+# -- models -------------------------------------------------------------------------------------------------------------
+
+
+def _model(model: torch.nn.Module) -> list[Any]:
+    """Configuration, adapters and weights. An adapter counts as it is switched now."""
+    parts: list[Any] = []
+    for name, module in model.named_modules():
+        state = {
+            what: getattr(module, what)
+            for what in ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
+            if hasattr(module, "disable_adapters") and hasattr(module, what)
+        }
+        if state:
+            parts.append([name, _plain(state)])
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
+    config = configs[0] if configs else getattr(model, "cfg", None)
+    if hasattr(config, "to_dict"):
+        parts.append(_settings(config.to_dict()))
+    parts += [[name, *_weight(name, weight)] for name, weight in model.named_parameters()]
+    return parts
+
+
+def _settings(config: Mapping[str, Any]) -> Any:
+    """What of a configuration has to do with what a model computes."""
+    beside = ("_name_or_path", "model_name", "transformers_version", "tokenizer_name", "device", "architectures")
+    found = {}
+    for name, value in config.items():
+        if name not in beside and not name.startswith("_"):
+            try:
+                found[name] = _plain(value)
+            except TypeError:  # an object of transformer-lens's, made from the rest
+                continue
+    return _plain(found)
+
+
+@torch.no_grad()
+def _weight(name: str, weight: torch.Tensor) -> list[Any]:
+    """Its dtype and shape, and bits that change with any number in it."""
+    if weight.is_meta:
+        raise ValueError(
+            f"{name} isn't in memory, so that results kept for this model can't be told apart; leave folder out"
+        )
+    about = [str(weight.dtype), list(weight.shape)]
+    if weight.numel() <= WHOLE:
+        return [*about, _hash(_bytes(weight))]
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(weight.element_size(), torch.int64)
+    bits = weight.detach().contiguous().view(whole)
+    some = bits.flatten()[:: max(bits.numel() // SAMPLES, 1)]
+    return [*about, _hash(_bytes(some)), _hash(_bytes(bits.flatten(0, -2).sum(-1, dtype=torch.int64)))]
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Tells models apart by some of every weight: fine-tuning may leave any of them alone. The same in every dtype."""
+    """Tells base models apart by some of every weight, the same in every dtype: what folders of adapters have on record."""
     digest = hashlib.sha256()
     for weight in model.parameters():
         some = weight.detach().flatten()
         some = some[:: max(len(some) // 64, 1)].to("cpu", torch.bfloat16)
         digest.update(some.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def files_key(folder: str | Path) -> str:
+    """Of a folder's files: their names, sizes, and some of what is in them (small ones whole)."""
+    folder, found = Path(folder), []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            for start in range(0, size, max(size // 256, WHOLE)):
+                file.seek(start)
+                digest.update(file.read(WHOLE))
+        found.append((path.relative_to(folder).as_posix(), size, digest.hexdigest()))
+    return key(found)
+
+
+# -- settings on record -------------------------------------------------------------------------------------------------
+
+
+def recorded(settings: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a JSON file: as they are `shown`, plain ones as they are, and the key of each, which tells them apart."""
+    told = {n: v if v is None or isinstance(v, (bool, int, float, str)) else str(v) for n, v in settings.items()}
+    return {**told, **shown, "keys": {name: key(value) for name, value in settings.items()}}
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two records; empty where nothing does."""
+    known, found = there.get("keys", {}), []
+    for name in dict.fromkeys([*known, *now["keys"]]):
+        if known.get(name) == now["keys"].get(name):
+            continue
+        one, two = there.get(name), now.get(name)
+        same = json.dumps(one) == json.dumps(two)
+        found.append(f"{name}: other contents than there" if same else f"{name}: {one!r} there, {two!r} now")
+    return ", ".join(found)

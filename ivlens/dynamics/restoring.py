@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ivlens.common.keys import weights_fingerprint
+from ivlens.common.keys import key
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.dynamics.recovery import AFTER, BEFORE, BEFORE_STEERED, HEADS, MINUS, OLD, OTHER, RANDOM, STATE, Recovery
-from ivlens.dynamics.snapshot import fingerprint
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import Checkpoint, open_checkpoints
@@ -86,7 +84,7 @@ def recover(
     opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)
     look = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     with opened[0].use() as hooked:
-        backend, weights = backend_of(hooked), weights_fingerprint(hooked)
+        backend, base = backend_of(hooked), None if folder is None else key(hooked)
         for vector in vectors.values():
             vector.check_model(hooked)
         layers = [backend.check_layer(x) for x in (range(1, backend.n_layers, 3) if layers is None else layers)]
@@ -94,7 +92,8 @@ def recover(
     tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
     rows: list[dict[str, Any]] = []
     choices: list[dict[str, Any]] = []
-    store = _Store(folder, (weights, prompts, layers, tuple(scales), look, tries.digest()))
+    kept = (base, prompts, list(suite), vectors, subtract, alternatives, layers, scales, seed)
+    store = _Store(folder, None if folder is None else key(kept))
     with tqdm(total=len(opened) * len(suite), desc="recovering", disable=not progress) as bar:
         for task in suite:
             bar.set_postfix_str(task)
@@ -148,15 +147,6 @@ class _Tries:
             by_heads = [Injection.of(backend, old, scale=scale, mode="heads").additions for scale in self.scales]
             found[HEADS] = [(None, scale, Edit(values)) for scale, values in zip(self.scales, by_heads)]
         return found
-
-    def digest(self) -> str:
-        """Tells other vectors apart: results kept for these don't count for those."""
-        single = isinstance(self.subtract, InstructionVector)
-        groups = [self.vectors, {"": self.subtract} if single else self.subtract or {}, *self.alternatives.values()]
-        digest = hashlib.sha256(repr(sorted(self.alternatives)).encode())
-        for name, vector in ((name, vector) for group in groups for name, vector in group.items()):
-            digest.update(name.encode() + vector.vector.float().numpy().tobytes())
-        return digest.hexdigest()
 
     def controls(self, task: str, layer: int, scale: float) -> dict[str, Edit]:
         """The random and the other task's vector, where the old one goes."""
@@ -242,7 +232,7 @@ def _tell(found: Found, label: str, task: str, rows: list[dict[str, Any]], choic
 class _Store:
     """Keeps what is found in a folder, one file per checkpoint and task."""
 
-    def __init__(self, folder: str | Path | None, settings: Any):
+    def __init__(self, folder: str | Path | None, settings: str | None):
         self.folder = None if folder is None else Path(folder) / "partial"
         self.settings = settings
 
@@ -251,14 +241,13 @@ class _Store:
         if self.folder is None:
             return make()
         with checkpoint.use() as model:
-            distance = checkpoint.distance(model)
-        path = self.folder / f"{fingerprint(self.settings, checkpoint.label, f'{distance:.6g}', task)}.safetensors"
+            path = self.folder / f"{key(self.settings, checkpoint.label, model, task)}.safetensors"
         if path.exists():
             tensors, about = read_tensors(path)
             groups: Found = {"hits": {}, "states": {}, "choices": about["choices"]}
             for name in about["order"]:  # that of the conditions; the file sorts them
-                group, key = name.split("/", 1)
-                groups[group][key] = tensors[name]
+                group, condition = name.split("/", 1)
+                groups[group][condition] = tensors[name]
             return groups
         found = make()
         tensors = {f"{g}/{k}": t for g in ("hits", "states") for k, t in found.get(g, {}).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,8 +150,3 @@ def take_snapshot(
 
 def _hidden_similarity(read: Reading, vector: InstructionVector) -> Float[Tensor, " layer"]:
     return torch.nn.functional.cosine_similarity(read.resid, vector.vector.to(read.resid), dim=-1).mean(0)
-
-
-def fingerprint(*parts: Any) -> str:
-    """What must be the same for a kept snapshot to count."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

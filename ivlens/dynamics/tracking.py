@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ivlens.common.keys import weights_fingerprint
+from ivlens.common.keys import key
 from ivlens.dynamics.change import Change
-from ivlens.dynamics.snapshot import Snapshot, TaskPrompts, fingerprint, take_snapshot
+from ivlens.dynamics.snapshot import Snapshot, TaskPrompts, take_snapshot
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import open_checkpoints
 from ivlens.models.head import Head
@@ -90,7 +90,8 @@ def track(
     opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)
     look = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     with opened[0].use() as hooked:
-        backend, weights = backend_of(hooked), weights_fingerprint(hooked)
+        backend = backend_of(hooked)
+        base = None if folder is None else key(hooked)
         prompts = {
             task.name: TaskPrompts.of(
                 backend,
@@ -106,8 +107,11 @@ def track(
             bar.set_postfix_str(checkpoint.label)
             with checkpoint.use() as hooked:
                 distance = checkpoint.distance(hooked)
-                key = fingerprint(weights, checkpoint.label, f"{distance:.6g}", prompts, heads, n_effects, look)
-                path = None if folder is None else Path(folder) / "partial" / f"{key}.safetensors"
+                path = None
+                if folder is not None:
+                    swept = [n_effects, look, list(suite.values())] if n_effects else []
+                    found = key(base, hooked, checkpoint.label, checkpoint.step, prompts, heads, swept)
+                    path = Path(folder) / "partial" / f"{found}.safetensors"
                 if path is not None and path.exists():
                     snapshots.append(Snapshot.load(path))
                     bar.update(total // len(opened))

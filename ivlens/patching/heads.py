@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.common.keys import weights_fingerprint
+from ivlens.common.keys import key
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
@@ -114,7 +113,8 @@ def head_effects(
         Where to keep what is done, so that an interrupted sweep goes on there.
     """
     sweep = _sweep_heads(model, prompts, answers, replacement, metric, position, distractors, method, max_rows)
-    values, baseline = _collect(sweep, folder, progress)
+    about = None if folder is None else key(sweep.backend.model, method)
+    values, baseline = _collect(sweep, folder, about, progress)
     return (values - baseline[:, None]).unflatten(1, replacement.shape[:2])
 
 
@@ -158,11 +158,11 @@ def _sweep_heads(
     )
 
 
-def _collect(sweep: Sweep, folder: str | Path | None, progress: bool) -> tuple[Tensor, Tensor]:
-    """Run a sweep to its end, keeping what is done in `folder` after every batch."""
+def _collect(sweep: Sweep, folder: str | Path | None, about: str | None, progress: bool) -> tuple[Tensor, Tensor]:
+    """Run a sweep to its end, keeping what is done in `folder` after every batch; `about` is the key of model and method."""
     values = torch.full((len(sweep.prompts), len(sweep.sites.layers)), torch.nan)
     baseline = torch.full((len(sweep.prompts),), torch.nan)
-    path = None if folder is None else Path(folder) / f"sweep-{_fingerprint(sweep)}.safetensors"
+    path = None if folder is None else Path(folder) / f"sweep-{_key(sweep, about)}.safetensors"
     if path is not None and path.exists():
         kept, _ = read_tensors(path)
         values, baseline = kept["values"].clone(), kept["baseline"].clone()
@@ -172,21 +172,17 @@ def _collect(sweep: Sweep, folder: str | Path | None, progress: bool) -> tuple[T
             values[swept.index], baseline[swept.index] = swept.values, swept.baseline
             bar.update(len(swept.index))
             if path is not None:
-                write_tensors(path, {"values": values, "baseline": baseline})
+                write_tensors(path, {"values": values, "baseline": baseline}, {"kind": "sweep", "metric": sweep.metric})
     return values, baseline
 
 
-def _fingerprint(sweep: Sweep) -> str:
+def _key(sweep: Sweep, about: str | None) -> str:
     """What must be the same for kept results to count: model, prompts, patches, metric."""
     backend = sweep.backend
     probe = torch.zeros(1, len(sweep.sites.layers), backend.n_heads, backend.d_head, device=backend.device)
     for site, (layer,) in enumerate(sweep.sites.layers):
         sweep.sites.write(layer, [site], [0], probe[:, site : site + 1])
-    text = repr((backend.name, backend.signature, sweep.prompts, sweep.metric, sweep.from_end, sweep.distractors))
-    digest = hashlib.sha256(text.encode())
-    digest.update(probe.cpu().numpy().tobytes())
-    digest.update(weights_fingerprint(backend.model).encode())
-    return digest.hexdigest()[:16]
+    return key(about, sweep.prompts, sweep.metric, sweep.from_end, sweep.distractors, probe)
 
 
 def locate_heads(
@@ -235,6 +231,7 @@ def locate_heads(
     suite = as_suite(tasks)
     backend = backend_of(model)
     check_metric(metric)
+    about = None if folder is None else key(backend.model, method)
     values, baselines, names, checked = [], [], [], False
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
         for task in suite.values():
@@ -250,7 +247,7 @@ def locate_heads(
             wrong = _distractors(broken, task) if metric == "logit_difference" else None
             sweep = _sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
             sweep.checked = checked
-            scores, baseline = _collect(sweep, folder, progress=progress and len(suite) == 1)
+            scores, baseline = _collect(sweep, folder, about, progress and len(suite) == 1)
             values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
             baselines.append(baseline)
             names += [task.name] * n_prompts
