@@ -39,7 +39,7 @@ def test_random_controls_are_drawn_several_times_each_its_own_direction(scores, 
     draws = scores.scores.groupby("condition")["draw"].nunique()
     assert draws["random vector"] == draws["random heads"] == 2 and draws["vector"] == draws["no vector"] == 1
     frame = scores.to_dataframe()
-    assert set(frame[frame["task"] == "past"]["n"]) == {9}  # prompts, not prompts × draws
+    assert set(frame[frame["task"] == "past"]["n"]) == {8}  # prompts, not prompts × draws
     vectors = [InstructionVector(torch.ones(32), metadata={"task": name}) for name in ("past", "plural")]
     drawn = [random_vector(v, draw=i) for v in vectors for i in (0, 1)]
     assert all(abs(a.cosine(b)) < 0.9 for a, b in itertools.combinations(drawn, 2))

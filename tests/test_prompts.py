@@ -90,7 +90,8 @@ def test_bad_arguments_are_refused(task):
     with pytest.raises(ValueError, match="split='dev' is unknown; choose one of train, valid, test"):
         ivl.build_prompts(task, split="dev")
     with pytest.raises(
-        ValueError, match="shots=12 needs at least 13 training examples, but task 'past' has 12; use fewer shots"
+        ValueError,
+        match="shots=12 needs at least 13 training examples with different inputs, but task 'past' has 12; use fewer shots",
     ):
         ivl.build_prompts(task, shots=12)
     with pytest.raises(ValueError, match="task 'past' has no examples in its 'valid' split"):

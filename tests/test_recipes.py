@@ -174,8 +174,8 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path):
     for text, message in {
         "": "is empty",
         "[{": "is truncated or not JSON",
-        "[]": "holds no list of rows",
-        '{"prompt": 1}': "holds no list of rows",
+        "[]": "holds (no rows|a single record)",
+        '{"prompt": 1}': "holds (no rows|a single record)",
         '[{"prompt": "x", "answer": "y"}, {"prompt": "x"}]': "row 1 of .* has no 'answer'",
     }.items():
         path.write_text(text)
@@ -183,7 +183,7 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path):
             load_sequence("trace", tmp_path)
         assert str(path) in str(told.value)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"no file {path}; expected one folder per task"):
+    with pytest.raises(FileNotFoundError, match=f"no file {path}; .*xpected one folder per task"):
         load_sequence("trace", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; download .* with tasks/taskNNN"):
         load_sequence("ni-c1", tmp_path / "nowhere")
@@ -329,7 +329,9 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, rows, message):
 
 
 def test_missing_general_files_and_hubs_are_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no lambada.jsonl, .json, .csv and no folder lambada in .*text"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no lambada.jsonl, .*and no folder lambada with a file per split in .*text"
+    ):
         load_general("lambada", tmp_path)
 
     def load(*arguments, **options):

@@ -89,9 +89,9 @@ def test_bad_records_and_files_are_named(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "notes.txt").write_text("x")
     for name, error, message in [
-        ("none.jsonl", FileNotFoundError, "no file .*none.jsonl; give the path of a .jsonl, .json or .csv file"),
+        ("none.jsonl", FileNotFoundError, "no file .*none.jsonl; give the path of a .jsonl, .json, .csv"),
         ("empty.jsonl", ValueError, "empty.jsonl is empty; put one record in each line"),
-        ("notes.txt", ValueError, "can't read notes.txt: choose a .jsonl, .json or .csv file"),
+        ("notes.txt", ValueError, "can't read notes.txt: choose a .jsonl, .json, .csv"),
     ]:
         with pytest.raises(error, match=message):
             ivl.Task.from_file(tmp_path / name, instruction="Add one.")

@@ -68,7 +68,12 @@ def read_tasks(names: list[str] | None, files: list[Path] | None, instructions: 
         raise ValueError(
             f"{len(files)} --file but {len(told)} --instruction; give one sentence per file, in the same order"
         )
-    own = [Task.from_file(file, instruction=text) for file, text in zip(files, told)]
+    known = {name: f"the built-in task {name!r}" for name in names or ()}
+    own = []
+    for file, text in zip(files, told):
+        own.append(Task.from_file(file, instruction=text))
+        if (other := known.setdefault(own[-1].name, str(file))) != str(file):
+            raise ValueError(f"{other} and {file} are two tasks of one name; rename one of the files")
     return TaskSuite([*(load_tasks(names).values() if names else ()), *own])
 
 

@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ivlens.continual.layouts import read_rows, sample
+from ivlens.continual.layouts import checked_rows, sample
 from ivlens.continual.recipes import check_known
+from ivlens.tasks.files import KINDS
 from ivlens.tasks.suite import TaskSuite
 from ivlens.tasks.task import SPLIT_ALIASES, Task
 
 __all__ = ["GENERAL", "Benchmark", "load_general", "overlapping"]
 
 SET_ASIDE = 20  # rows for demonstrations, where a benchmark has only a test split
-SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = tuple(f".{kind}{zipped}" for kind in KINDS for zipped in ("", ".gz"))
+SPLIT_NAMES = ("train", "valid", "dev", "test")  # as a part of a file's name
 Record = dict[str, Any]
 
 
@@ -208,19 +210,16 @@ def _from_folder(name: str, benchmark: Benchmark, folder: Path) -> tuple[list[Re
     expected = f"rows with {', '.join(benchmark.columns)}, or with input and output"
     for suffix in SUFFIXES:
         if (path := folder / f"{name}{suffix}").is_file():
-            return read_rows(path, (), expected), path
+            return checked_rows(path, (), expected), path
     path = folder / name
-    if not path.is_dir():
+    files = [f for f in sorted(path.iterdir()) if f.name.endswith(SUFFIXES)] if path.is_dir() else []
+    if not files:
         raise FileNotFoundError(
-            f"no {name}{', '.join(SUFFIXES)} and no folder {name} in {folder}; expected {expected}, as in {benchmark.hub} on the hub"
+            f"no {name}{', '.join(SUFFIXES)} and no folder {name} with a file per split in {folder}; expected {expected}, "
+            f"as in {benchmark.hub} on the hub"
         )
-    import datasets
-
-    try:
-        tables = datasets.load_dataset(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"can't read {path} ({error}); expected a file per split, {expected}") from error
-    return [{**row, "split": split} for split, table in tables.items() for row in table], path
+    found = [(next((s for s in SPLIT_NAMES if s in f.name), "test"), f) for f in files]
+    return [{**row, "split": split} for split, file in found for row in checked_rows(file, (), expected)], path
 
 
 def _converted(row: Mapping[str, Any], benchmark: Benchmark, where: str) -> Record:

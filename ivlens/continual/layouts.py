@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ivlens.tasks.files import json_value, read_rows, read_text
 from ivlens.tasks.task import Task
 
-__all__ = ["EXPECTED", "READERS", "read_rows", "sample"]
+__all__ = ["EXPECTED", "READERS", "checked_rows", "sample"]
 
 Item = TypeVar("Item")
 
@@ -31,15 +29,12 @@ EXPECTED = {
 # -- rows of files ------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, keys: Sequence[str], expected: str) -> list[Any]:
-    """Rows of a `.json` (a list), `.jsonl` or `.csv` file, which all have the keys.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such file, or it is empty, broken or of another layout; the message names the expected one.
-    """
-    return _checked(_read(path, expected), keys, path, expected)
+def checked_rows(path: Path, keys: Sequence[str], expected: str) -> list[Any]:
+    """Rows of a file (see `tasks.files`), which all have the keys; the error names the layout that is expected."""
+    try:
+        return _checked(read_rows(path), keys, path, expected)
+    except (ValueError, FileNotFoundError) as error:
+        raise error if expected in str(error) else type(error)(f"{error}. Expected {expected}") from error
 
 
 def _checked(rows: Any, keys: Sequence[str], path: Path, expected: str) -> list[Any]:
@@ -52,22 +47,14 @@ def _checked(rows: Any, keys: Sequence[str], path: Path, expected: str) -> list[
     return rows
 
 
-def _read(path: Path, expected: str) -> Any:
+def _content(path: Path, expected: str) -> Any:
+    """A JSON file that holds no table."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected {expected}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if not text.strip():
-            raise ValueError(f"{path} is empty; expected {expected}")
-        if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is truncated or not JSON ({error}); download it again. Expected {expected}"
-        ) from error
+        return json_value(read_text(path), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. Expected {expected}") from error
 
 
 def sample(items: Sequence[Item], n: int | None, *, seed: int, name: str, argument: str) -> tuple[Item, ...]:
@@ -107,7 +94,7 @@ def _trace(folder: Path, name: str) -> Task:
     rows = [
         {**row, "split": split}
         for file, split in {"train": "train", "eval": "valid", "test": "test"}.items()
-        for row in read_rows(folder / name / f"{file}.json", ("prompt", "answer"), EXPECTED["trace"])
+        for row in checked_rows(folder / name / f"{file}.json", ("prompt", "answer"), EXPECTED["trace"])
     ]
     # Only the first line: the prompts share the label of their first field ("Text:") too, which belongs to the input.
     line = rows[0]["prompt"].split("\n", 1)[0] + "\n"
@@ -123,11 +110,11 @@ def _trace(folder: Path, name: str) -> Task:
 def _o_lora(folder: Path, name: str) -> Task:
     category, expected = O_LORA_CATEGORIES.get(name, name), EXPECTED["o-lora"]
     root = folder / "CL_Benchmark" if (folder / "CL_Benchmark").is_dir() else folder
-    labels = read_rows(root / category / name / "labels.json", (), expected)
+    labels = _checked(_content(root / category / name / "labels.json", expected), (), root, expected)
     records = [
         {"input": row["sentence"], "output": row["label"], "split": split}
         for split in ("train", "dev", "test")
-        for row in read_rows(root / category / name / f"{split}.json", ("sentence", "label"), expected)
+        for row in checked_rows(root / category / name / f"{split}.json", ("sentence", "label"), expected)
     ]
     instruction = f"{O_LORA_INSTRUCTIONS[category]} Options: {', '.join(map(str, labels))}."
     return _task(records, name, instruction, "long")
@@ -140,18 +127,18 @@ def _natural_instructions(folder: Path, name: str) -> Task:
         raise FileNotFoundError(f"no file {name}_*.json in {folder} or its tasks/; expected {expected}")
     path = found[0]
     if path.suffix == ".jsonl":
-        rows = read_rows(path, ("definition", "inputs", "targets"), expected)
+        rows = checked_rows(path, ("definition", "inputs", "targets"), expected)
         definition, pairs = rows[0]["definition"], [(row["inputs"], row["targets"]) for row in rows]
     else:
-        content = _read(path, expected)
+        content = _content(path, expected)
         if not isinstance(content, Mapping) or not content.get("Definition"):
             raise ValueError(f"{path} has no 'Definition'; expected {expected}")
         instances = _checked(content.get("Instances"), ("input", "output"), path, expected)
         definition, pairs = content["Definition"], [(x["input"], x["output"]) for x in instances]
-    outputs: dict[str, str] = {}  # of an input that comes again only the first, or it would stand in two splits
+    outputs: dict[str, list[str]] = {}  # of an input that comes again only the first, or it would stand in two splits
     for text, output in pairs:
-        outputs.setdefault(text, output if isinstance(output, str) else next(iter(output), ""))
-    records = [{"input": text, "output": out} for text, out in outputs.items() if text.strip() and out.strip()]
+        outputs.setdefault(text, [x for x in ([output] if isinstance(output, str) else output) if x.strip()])
+    records = [{"input": text, "outputs": out} for text, out in outputs.items() if text.strip() and out]
     title = path.stem.removesuffix("_train").removesuffix("_test")
     wording = definition if isinstance(definition, str) else " ".join(definition)
     return _task(records, title, wording.strip(), "natural-instructions")

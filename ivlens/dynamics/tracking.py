@@ -95,7 +95,7 @@ def track(
         prompts = {
             task.name: TaskPrompts.of(
                 backend,
-                build_prompts(task, n=n_mean, split="train", **look),
+                build_prompts(task, n=n_mean, split="train", repeat=True, **look),
                 build_prompts(task, n=n_prompts, split=split, **look),
             )
             for task in suite.values()

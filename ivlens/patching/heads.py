@@ -238,7 +238,7 @@ def locate_heads(
             bar.set_postfix_str(task.name)
             options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "split": "train"}
             mean = mean_head_outputs(
-                model, build_prompts(task, n=n_mean, seed=seed, **options), only_correct=only_correct
+                model, build_prompts(task, n=n_mean, seed=seed, repeat=True, **options), only_correct=only_correct
             )
             clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
             broken = _counterfactual(

@@ -60,8 +60,11 @@ def tokenize(
                 f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text in it"
             )
         if backend.n_ctx and len(ids) + len(answer) > backend.n_ctx:
+            name = (
+                f" ({prompt.task}, {prompt.source}: {prompt.query.input[:40]!r})" if isinstance(prompt, Prompt) else ""
+            )
             raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and its answer {len(answer)}, but {backend.name} has a context of "
+                f"prompt {i}{name} has {len(ids)} tokens and its answer {len(answer)}, but {backend.name} has a context of "
                 f"{backend.n_ctx}; use fewer shots or shorter inputs (nothing is ever cut off)"
             )
         out.append(TokenizedPrompt(ids, answer))

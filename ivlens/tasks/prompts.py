@@ -6,11 +6,12 @@ A `Prompt` keeps its parts, so that a counterfactual can change one of them; `re
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ivlens.tasks.task import Example, Task
+from ivlens.tasks.task import Example, Task, same_input
 
 __all__ = ["STYLES", "Prompt", "build_prompts", "common_stop"]
 
@@ -33,6 +34,8 @@ class Prompt:
         `qa` ("Q: …\\nA: …"), `plain` (lines only) or `chat` (the tokenizer's own template).
     task
         Name of the task it was built from.
+    source
+        Where the query stands in it, for messages.
     """
 
     query: Example
@@ -40,6 +43,7 @@ class Prompt:
     instruction: str | None = None
     style: str = "qa"
     task: str = ""
+    source: str = field(default="", compare=False)
 
     @property
     def answer(self) -> str:
@@ -92,15 +96,20 @@ def build_prompts(
     style: str = "qa",
     split: str = "train",
     seed: int = 0,
+    repeat: bool = False,
 ) -> list[Prompt]:
     """Prompts of a task: queries from `split`, demonstrations from the training split, never the query itself.
 
     Parameters
     ----------
     n
-        How many; None takes every example of the split once. More than there are reuses queries with new demonstrations.
+        How many; None takes every example of the split once. More than there are reuses queries with new demonstrations, with a
+        warning.
     instruction
-        False for the bare query, True for a paraphrase drawn per prompt, a number for that paraphrase, or your own text.
+        False for the bare query, True for a paraphrase drawn per prompt, a number for that paraphrase, or your own text. Examples
+        with an instruction of their own keep it.
+    repeat
+        Queries may repeat without a word: for training, and for means.
 
     Raises
     ------
@@ -112,29 +121,40 @@ def build_prompts(
     queries = list(task.split(split))
     if not queries:
         raise ValueError(f"task {task.name!r} has no examples in its {split!r} split; give the task more records")
-    if shots and len(task.train) < shots + 1:
-        raise ValueError(
-            f"shots={shots} needs at least {shots + 1} training examples, but task {task.name!r} has {len(task.train)}; "
-            "use fewer shots or give the task more records"
-        )
+    numbered = list(enumerate(queries))
     rng = random.Random(f"{seed}/{task.name}/{split}")
     if n is not None:
-        order = list(queries)
-        rng.shuffle(order)
-        queries = [order[i % len(order)] for i in range(n)]
+        different = len(set(map(same_input, queries)))
+        if n > different and not repeat:
+            warnings.warn(
+                f"n={n} prompts were asked for, but the {split!r} split of task {task.name!r} has {different} different queries: "
+                "they repeat" + (", with other demonstrations" if shots else "") + ", and say no more than one each",
+                stacklevel=2,
+            )
+        rng.shuffle(numbered)
+        numbered = [numbered[i % len(numbered)] for i in range(n)]
+    pool = list(dict.fromkeys(task.train)) if shots else []
     prompts = []
-    for query in queries:
-        others = [x for x in task.train if x != query]
-        text = _instruction(task, instruction, rng)
-        prompts.append(Prompt(query, tuple(rng.sample(others, shots)), text, style, task.name))
+    for number, query in numbered:
+        others = [x for x in pool if x.input != query.input]
+        if len(others) < shots:
+            raise ValueError(
+                f"shots={shots} needs at least {shots + 1} training examples with different inputs, but task {task.name!r} has "
+                f"{len({x.input for x in pool})}; use fewer shots or give the task more records"
+            )
+        text = _instruction(task, query, instruction, rng)
+        shown = tuple(rng.sample(others, shots))
+        prompts.append(Prompt(query, shown, text, style, task.name, f"{split} example {number}"))
     return prompts
 
 
-def _instruction(task: Task, choice: bool | str | int, rng: random.Random) -> str | None:
+def _instruction(task: Task, query: Example, choice: bool | str | int, rng: random.Random) -> str | None:
     if isinstance(choice, str):
         return choice
     if choice is False or choice is None:
         return None
+    if query.instruction is not None:  # its own, "" where the input says it all
+        return query.instruction or None
     if choice is True:
         return rng.choice(task.instructions)
     return task.instructions[choice]

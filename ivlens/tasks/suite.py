@@ -29,7 +29,12 @@ class TaskSuite(Mapping[str, Task]):
     """
 
     def __init__(self, tasks: Iterable[Task]):
-        self._tasks = {task.name: task for task in tasks}
+        self._tasks: dict[str, Task] = {}
+        for task in tasks:
+            if (other := self._tasks.setdefault(task.name, task)) != task:
+                raise ValueError(
+                    f"two tasks are called {task.name!r}: {other!r} and {task!r}; give one another name (`name=`)"
+                )
 
     @property
     def names(self) -> list[str]:

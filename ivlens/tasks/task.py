@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ivlens.tasks.files import read_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -14,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Example", "Task"]
 
+KEYS = ("input", "output", "instruction", "question", "content", "choices", "outputs")
+LISTS = ("choices", "outputs")
 SPLITS = ("train", "valid", "test")
 SPLIT_ALIASES = {"validation": "valid", "dev": "valid"}
 
@@ -24,7 +32,8 @@ class Example:
 
     `question` and `content` belong to tasks whose output is a form of the real answer, such as multiple choice: the
     question asked plainly, and the answer's text where `output` is its letter. `choices` are the options' texts, of which
-    `output` is one: such examples are scored by which option is likeliest.
+    `output` is one: such examples are scored by which option is likeliest. `outputs` are all right answers where there are
+    several, any of which counts. `instruction` is the example's own, where instructions differ from example to example.
     """
 
     input: str
@@ -32,6 +41,13 @@ class Example:
     question: str | None = None
     content: str | None = None
     choices: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = None
+    instruction: str | None = None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right answers; `output` is the first."""
+        return self.outputs or (self.output,)
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,7 @@ class Task:
     description: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", re.sub(r"[/\\]", "_", self.name))  # names become folders
         if not self.instructions or not all(self.instructions):
             raise ValueError(
                 f"task {self.name!r} has no instruction; give at least one sentence that says what to do (instruction)"
@@ -88,45 +105,50 @@ class Task:
             What to do, in one wording or several; None takes the records' own (key `instruction`).
         columns
             Where your keys have other names: `{"input": "question", "output": "answer"}`. Optional keys are `split`
-            (train, valid, test), `instruction`, `question`, `content` and `choices` (a list of texts; see `Example`).
+            (train, valid, test), `instruction`, `question`, `content`, `choices` (a list of texts) and `outputs` (all right
+            answers, instead of `output`); see `Example`.
 
         Notes
         -----
-        Without a `split` key the examples are shuffled with a fixed seed and cut 50 : 15 : 35. Where there is a train but no
-        valid split, a fifth of train (at most 200) becomes the valid split.
+        Without a `split` key the examples are shuffled with a fixed seed and cut 50 : 15 : 35, repeated inputs on one side. Where
+        there is a train but no valid split, a fifth of train (at most 200) becomes the valid split. An answer's white space at
+        its end is dropped. An instruction that stands in a record stays with it.
 
         Raises
         ------
         ValueError
-            If there are no records, an input or output is missing or empty, or an output is not among its choices.
+            If there are no records, a cell is missing or no text, or an output is not among its choices.
         """
-        keys = ("input", "output", "split", "instruction", "question", "content", "choices")
-        names = {key: (columns or {}).get(key, key) for key in keys}
-        told: dict[str, None] = {}
+        names = {key: (columns or {}).get(key, key) for key in (*KEYS, "split")}
         examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
         loose: list[Example] = []
         for i, record in enumerate(records):
-            example = _example(record, names, name, i)
-            split = record.get(names["split"])
+            place = f"{getattr(record, 'place', f'record {i}')} of task {name!r}"
+            example, split = _example(record, names, place), _cell(record, names["split"], place)
             split = SPLIT_ALIASES.get(split, split)
             if split is not None and split not in SPLITS:
-                raise ValueError(f"record {i} of task {name!r} has split={split!r}; choose one of {', '.join(SPLITS)}")
+                raise ValueError(f"{place} has split={split!r}; choose one of {', '.join(SPLITS)}")
+            if instruction is not None:
+                example = replace(example, instruction=None)
             (loose if split is None else examples[split]).append(example)
-            told[str(record.get(names["instruction"]) or "")] = None
-        if not loose and not any(examples.values()):
+        everything = [*loose, *(x for split in SPLITS for x in examples[split])]
+        if not everything:
             raise ValueError(
                 f"task {name!r} is empty; give it at least one record with {names['input']!r} and {names['output']!r}"
             )
         random.Random(0).shuffle(loose)
-        first, second = round(len(loose) * 0.5), round(len(loose) * 0.65)
-        examples["train"] += loose[:first]
-        examples["valid"] += loose[first:second]
-        examples["test"] += loose[second:]
+        sizes = round(len(loose) * 0.5), round(len(loose) * 0.65)
+        for split, part in zip(SPLITS, _cut(loose, *sizes)):
+            examples[split] += part
         if examples["train"] and not loose and not examples["valid"]:
-            cut = min(len(examples["train"]) // 5, 200)
             random.Random(0).shuffle(examples["train"])
-            examples["valid"], examples["train"] = examples["train"][:cut], examples["train"][cut:]
-        instruction = [text for text in told if text] if instruction is None else instruction
+            cut = min(len(examples["train"]) // 5, 200)
+            examples["valid"], examples["train"] = _cut(examples["train"], cut)
+        _warn_of_shared(name, examples)
+        if instruction is None:
+            instruction = list(dict.fromkeys(x.instruction for x in everything if x.instruction))
+            if len(instruction) == 1:  # the task's
+                examples = {s: [replace(x, instruction=x.instruction and None) for x in examples[s]] for s in SPLITS}
         wordings = (instruction,) if isinstance(instruction, str) else tuple(instruction)
         return cls(name, wordings, *(tuple(examples[s]) for s in SPLITS), group=group, description=description)
 
@@ -139,19 +161,10 @@ class Task:
         name: str | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> Task:
-        """A task from a `.jsonl`, `.json` or `.csv` file (one record a line or row)."""
-        import datasets
-
+        """A task from a file, a record in each row, every cell as it is written; see `tasks.files.read_rows`."""
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}; give the path of a .jsonl, .json or .csv file")
-        kind = {".jsonl": "json", ".json": "json", ".csv": "csv"}.get(path.suffix.lower())
-        if kind is None:
-            raise ValueError(f"can't read {path.name}: choose a .jsonl, .json or .csv file")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty; put one record in each line")
-        table = datasets.Dataset.from_json(str(path)) if kind == "json" else datasets.Dataset.from_csv(str(path))
-        return cls.from_dataset(table, name=name or path.stem, instruction=instruction, columns=columns)
+        rows, stem = read_rows(path), path.name.removesuffix(".gz").rsplit(".", 1)[0]
+        return cls.from_records(rows, name=name or stem, instruction=instruction, columns=columns)
 
     @classmethod
     def from_dataset(
@@ -164,10 +177,10 @@ class Task:
     ) -> Task:
         """A task from a `datasets.Dataset`, or a `DatasetDict` whose splits (train, validation, test) are kept."""
         if isinstance(dataset, Mapping):
-            records = [{**row, "split": split} for split, rows in dataset.items() for row in rows]
+            records = [{**row, "split": split} for split, rows in dataset.items() for row in _labelled(rows)]
             columns = {**(columns or {}), "split": "split"}
         else:
-            records = list(dataset)
+            records = _labelled(dataset)
         return cls.from_records(records, name=name, instruction=instruction, columns=columns)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -182,35 +195,95 @@ class Task:
         return f"Task({self.name}: {self.instructions[0]!r}, {sizes} train/valid/test, {shown})"
 
 
-def _example(record: Mapping[str, Any], names: Mapping[str, str], task: str, i: int) -> Example:
+def _example(record: Mapping[str, Any], names: Mapping[str, str], place: str) -> Example:
+    cells = {key: _cell(record, names[key], place) for key in KEYS if key not in LISTS}
+    lists = {key: _texts(record, names[key], place) for key in LISTS}
+    if lists["outputs"] and not cells["output"]:
+        cells["output"] = lists["outputs"][0]
+    if not cells["input"] and cells["instruction"]:  # the instruction says it all
+        cells |= {"input": cells["instruction"], "instruction": ""}
     for key in ("input", "output"):
-        value = record.get(names[key])
-        if value is None or str(value).strip() == "":
+        if not cells[key]:
             raise ValueError(
-                f"record {i} of task {task!r} has no {names[key]!r}; it has {', '.join(map(str, record)) or 'nothing'}: "
+                f"{place} has no {names[key]!r}; it has {', '.join(map(str, record)) or 'nothing'}: "
                 "name your columns with columns={'input': ..., 'output': ...}"
             )
-    optional = {key: record.get(names[key]) for key in ("question", "content")}
-    return Example(
-        str(record[names["input"]]),
-        str(record[names["output"]]),
-        **{k: None if v is None else str(v) for k, v in optional.items()},
-        choices=_choices(record, names, task, i),
-    )
-
-
-def _choices(record: Mapping[str, Any], names: Mapping[str, str], task: str, i: int) -> tuple[str, ...] | None:
-    given = record.get(names["choices"])
-    if given is None:
-        return None
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+    output, choices = cells["output"].rstrip(), tuple(x.rstrip() for x in lists["choices"] or ()) or None
+    outputs = tuple(x.rstrip() for x in lists["outputs"] or ()) or None
+    if outputs is not None and output not in outputs:
+        raise ValueError(f"{place} has the output {output!r}, which is not among its {names['outputs']} {outputs}")
+    if outputs is not None:
+        outputs = (output, *(x for x in outputs if x != output))
+    if choices is not None and output not in choices:
         raise ValueError(
-            f"record {i} of task {task!r} has {names['choices']}={given!r}; give a list of the options' texts"
-        )
-    choices, output = tuple(map(str, given)), str(record[names["output"]])
-    if output not in choices:
-        raise ValueError(
-            f"record {i} of task {task!r} has the output {output!r}, which is not among its {names['choices']} {choices}; "
+            f"{place} has the output {output!r}, which is not among its {names['choices']} {choices}; "
             "the output must be one option's text, not its letter"
         )
-    return choices
+    plain = {key: cells[key] for key in ("question", "content", "instruction")}
+    return Example(cells["input"], output, choices=choices, outputs=outputs, **plain)
+
+
+def _cell(record: Mapping[str, Any], column: str, place: str) -> str | None:
+    """A cell as text, or None where there is none. What isn't one text is refused: its repr would be taken for data."""
+    value = record.get(column)
+    if value is None or isinstance(value, str):
+        return value if value and value.strip() else None
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    several = f"; give several right answers as a list under {'outputs'!r}" if isinstance(value, (list, tuple)) else ""
+    what = "a missing value" if value != value else f"a {type(value).__name__}"  # NaN
+    raise ValueError(f"{place} has {what} under {column!r}, not a text: {str(value)[:60]}{several}")
+
+
+def _texts(record: Mapping[str, Any], column: str, place: str) -> list[str] | None:
+    given = record.get(column)
+    if given is None:
+        return None
+    given = given.tolist() if hasattr(given, "tolist") and type(given).__module__ == "numpy" else given
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"{place} has {column}={given!r}; give a list of texts")
+    texts = [_cell({column: x}, column, place) for x in given]
+    if not texts or None in texts:
+        raise ValueError(f"{place} has {column}={given!r}; give a list of texts, none of them empty")
+    return texts
+
+
+def _labelled(dataset: Any) -> list[Mapping[str, Any]]:
+    """Rows of a `Dataset`, class labels by their names."""
+    labels = {n: f for n, f in (getattr(dataset, "features", None) or {}).items() if hasattr(f, "int2str")}
+    names = {n: lambda x, f=f: None if x is None or x < 0 else f.int2str(x) for n, f in labels.items()}
+    return [{**row, **{name: text(row[name]) for name, text in names.items()}} for row in dataset]
+
+
+def same_input(example: Example) -> str:
+    """What two examples share that ask the same: input and own instruction, but for case and white space."""
+    return " ".join(f"{example.instruction or ''} {example.input}".casefold().split())
+
+
+def _cut(examples: Sequence[Example], *sizes: int) -> list[list[Example]]:
+    """Cut where the counts are reached, with all repeats of an input where its first is."""
+    counts = Counter(map(same_input, examples))
+    parts: list[list[Example]] = [[] for _ in range(len(sizes) + 1)]
+    where, seen = {}, 0
+    for example in examples:
+        text = same_input(example)
+        if text not in where:
+            middle = seen + (counts[text] - 1) / 2
+            where[text] = next((i for i, size in enumerate(sizes) if middle < size), len(sizes))
+            seen += counts[text]
+        parts[where[text]].append(example)
+    return parts
+
+
+def _warn_of_shared(name: str, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Where given splits overlap."""
+    train = set(map(same_input, examples["train"]))
+    for split in ("valid", "test"):
+        if shared := [x for x in examples[split] if same_input(x) in train]:
+            warnings.warn(
+                f"{len(shared)} of {len(examples[split])} {split} inputs of task {name!r} stand in its training split too "
+                f"(such as {shared[0].input[:60]!r}): scores on them say little",
+                stacklevel=3,
+            )

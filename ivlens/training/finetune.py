@@ -126,7 +126,7 @@ def fine_tune(
         return TrainingRun.load(folder)
     n = steps * batch_size * int(arguments.get("gradient_accumulation_steps", 1))
     options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
-    prompts = [p for task in suite.values() for p in build_prompts(task, n=-(-n // len(suite)), **options)]
+    prompts = [p for task in suite.values() for p in build_prompts(task, n=-(-n // len(suite)), repeat=True, **options)]
     dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts)
     arguments = {
         "max_steps": steps,

@@ -100,7 +100,7 @@ def extract_vector(
     }
     if isinstance(task, Task):
         prompts = build_prompts(
-            task, n=n_prompts, shots=shots, instruction=instruction, style=style, split="train", seed=seed
+            task, n=n_prompts, shots=shots, instruction=instruction, style=style, split="train", seed=seed, repeat=True
         )
         about["task"] = task.name
     else:

@@ -1,0 +1,161 @@
+"""Rows of files, every cell as it is written: nothing is guessed to be a number, a date or missing."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["KINDS", "Row", "read_rows", "read_text"]
+
+KINDS = ("jsonl", "json", "csv", "tsv", "parquet")
+EXPECTED = ".jsonl, .json, .csv, .tsv or .parquet, each also with .gz"
+
+
+class Row(dict):
+    """A row that knows where it stands: `place` is its file and line."""
+
+    def __init__(self, values: Mapping[str, Any], place: str):
+        super().__init__(values)
+        self.place = place
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a table: `.csv` or `.tsv` (commas, semicolons or tabs), `.jsonl`, `.json` (a list of rows, columns by name, or
+    `{"data": …}` with either), `.parquet`; each also gzipped.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is of another kind, empty, truncated, ragged or not UTF-8; with file and line.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; give the path of a {EXPECTED} file")
+    zipped = path.suffix.lower() == ".gz"
+    kind = (path.with_suffix("") if zipped else path).suffix.lower().removeprefix(".")
+    if kind not in KINDS:
+        raise ValueError(f"can't read {path.name}: choose a {EXPECTED} file")
+    try:
+        content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} can't be unpacked ({error}); download or write it again") from error
+    if not content.strip():
+        raise ValueError(f"{path} is empty; put one record in each line")
+    if kind == "parquet":
+        rows = _parquet(content, path)
+    elif kind == "json":
+        rows = _json(json_value(_decoded(content, path), str(path)), path)
+    elif kind == "jsonl":
+        rows = _lines(_decoded(content, path), path)
+    else:
+        rows = _delimited(_decoded(content, path), path, "\t" if kind == "tsv" else None)
+    if not rows:
+        raise ValueError(f"{path} holds no rows; put one record in each line")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """A text file, without the mark at its beginning that some programs write."""
+    return _decoded(path.read_bytes(), path)
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} of {path} is not UTF-8; save the file again in that encoding") from error
+
+
+def json_value(text: str, place: str) -> Any:
+    """JSON with numbers and truth values as the texts that they are written as."""
+    try:
+        return _written(json.loads(text, parse_int=str, parse_float=str, parse_constant=str))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} is truncated or not JSON ({error}); write or download it again") from error
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return [_written(x) for x in value]
+    return {key: _written(x) for key, x in value.items()} if isinstance(value, dict) else value
+
+
+def _lines(text: str, path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            rows.append(_row(json_value(line, f"line {number} of {path}"), f"line {number} of {path}"))
+    return rows
+
+
+def _json(content: Any, path: Path) -> list[Row]:
+    if isinstance(content, dict) and isinstance(content.get("data"), (list, dict)):
+        content = content["data"]
+    if isinstance(content, dict):
+        columns = content
+        if not columns or not all(isinstance(x, list) for x in columns.values()):
+            raise ValueError(f"{path} holds a single record; put a list of records into it, or columns by name")
+        if len({len(x) for x in columns.values()}) > 1:
+            sizes = ", ".join(f"{key} {len(x)}" for key, x in columns.items())
+            raise ValueError(f"the columns of {path} are of different lengths ({sizes}); write it again")
+        content = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    if not isinstance(content, list):
+        raise ValueError(f"{path} holds {content!r}; put a list of records into it")
+    return [_row(row, f"record {i} of {path}") for i, row in enumerate(content)]
+
+
+def _row(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f'{place} is no record; write {{"input": "...", "output": "..."}}')
+    return Row(row, place)
+
+
+def _delimited(text: str, path: Path, delimiter: str | None) -> list[Row]:
+    header = text.lstrip("\r\n").split("\n", 1)[0]
+    if header.endswith("\r"):  # that system's line ends, in cells too
+        text = text.replace("\r\n", "\n")
+    delimiter = delimiter or max(",;\t", key=header.count)  # programs of some countries write semicolons
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, names = [], None
+    try:
+        for cells in reader:
+            place = f"line {reader.line_num} of {path}"
+            if not cells:
+                continue
+            if names is None:
+                names = _names(cells, path)
+                continue
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{place} has {len(cells)} cells, but there are {len(names)} columns; quote cells with {delimiter!r}"
+                )
+            rows.append(Row({name: cell if cell else None for name, cell in zip(names, cells)}, place))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} of {path} can't be read ({error})") from error
+    return rows
+
+
+def _names(cells: Sequence[str], path: Path) -> list[str]:
+    if twice := [name for name in cells if cells.count(name) > 1]:
+        raise ValueError(f"{path} has two columns called {twice[0]!r}; rename one")
+    return list(cells)
+
+
+def _parquet(content: bytes, path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is truncated or no parquet file ({error}); write or download it again") from error
+    return [Row(row, f"row {i} of {path}") for i, row in enumerate(rows)]
