@@ -120,8 +120,9 @@ def test_files_count_by_name_and_contents(tmp_path):
 
 
 def test_a_record_says_what_differs():
-    one, two = (
-        recorded({"seed": s, "data": d, "flag": f}, {"data": "past"}) for s, d, f in [(0, "x", 0), (0, "y", False)]
-    )
-    assert not differences(one, one)
-    assert differences(one, two) == "data: other contents than there, flag: 0 there, False now"
+    def record(seed, data, flag):
+        return recorded({"seed": seed, "data": data, "flag": flag}, {"data": "past"})
+
+    assert not differences(record(0, "x", 0), record(0, "x", 0))
+    assert differences(record(0, "x", 0), record(0, "y", False)) == "flag: 0 there, False now"
+    assert differences(record(0, "x", 0), record(0, "y", 0)) == "data: other contents than there"

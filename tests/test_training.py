@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -159,24 +158,56 @@ def test_a_folder_of_another_run_is_refused(base, task, run):
         fine_tune(base, task, folder=run.folder, save_every=2, seed=5, **OPTIONS)
 
 
-def test_a_peft_config_is_known_again_in_another_process():
-    script = (
-        "from peft import LoraConfig\nfrom ivlens.models.adapters import describe_config\n"
-        "print(describe_config(LoraConfig(r=4, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'])))"
-    )
-    texts = {
-        subprocess.run(
-            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("1", "2", "3")
-    }
-    assert len(texts) == 1 and b"q_proj" in texts.pop()
+def test_files_that_ivlens_did_not_write_are_left_alone(base, task, tmp_path):
+    for name in ("checkpoint-500/model.safetensors", "final/notes.txt", "memory/mine"):
+        folder = tmp_path / name.split("/")[0] / "run"
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"holds {name.split('/')[0]}, which ivlens didn't write there"):
+            fine_tune(base, task, folder=folder, **OPTIONS)
+        assert [p.name for p in folder.iterdir()] == [name.split("/")[0]] and (folder / name).read_text() == "mine"
+    (tmp_path / "settings.json").write_text('{"editor": "vim"}')
+    with pytest.raises(ValueError, match="isn't a run's of this version of ivlens"):
+        fine_tune(base, task, folder=tmp_path, **OPTIONS)
+
+
+def test_a_checkpoint_without_our_mark_is_neither_used_nor_removed(base, task, tmp_path):
+    whole = fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "mine").touch()
+    (tmp_path / "log.json").unlink()
+    again = fine_tune(base, task, folder=tmp_path, save_every=2, **OPTIONS)
+    assert again.checkpoints == whole.checkpoints and (tmp_path / "checkpoint-3" / "mine").is_file()
+
+
+def test_a_lora_config_is_not_changed_and_goes_on_only_as_it_was(base, task, tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, task_type="CAUSAL_LM")
+    one = fine_tune(base, task, folder=tmp_path / "1", lora=config, **OPTIONS)
+    assert config.target_modules is None and fine_tune(base, task, folder=tmp_path / "1", lora=config, **OPTIONS) == one
+    fine_tune(base, task, folder=tmp_path / "2", lora=config, previous=one, **OPTIONS)
+    with pytest.raises(ValueError, match="has an adapter of other settings"):
+        fine_tune(base, task, folder=tmp_path / "3", lora=LoraConfig(r=4), previous=one, **OPTIONS)
+    full = fine_tune(base, task, folder=tmp_path / "4", lora=False, **OPTIONS)
+    with pytest.raises(ValueError, match="trained every weight and has no adapter to go on with"):
+        fine_tune(base, task, folder=tmp_path / "5", previous=full, **OPTIONS)
+    with pytest.raises(ValueError, match=r"guided training needs vectors, .* task\(s\) past"):
+        fine_tune(base, task, folder=tmp_path / "6", method="iv", **OPTIONS)
+    assert not (tmp_path / "5").exists() and not (tmp_path / "6").exists()
+
+
+def test_a_run_finishes_where_the_system_does_not_tell_its_memory(base, task, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = fine_tune(base, task, folder=tmp_path, **OPTIONS)
+    assert np.isnan(run.cost["peak_mb"]) and fine_tune(base, task, folder=tmp_path, **OPTIONS).log == run.log
 
 
 def test_nothing_is_cut_off_a_prompt_too_long_is_an_error(base, tmp_path):
     record = {"input": "walk " * 400, "output": "x", "split": "train"}
     long = ivl.Task.from_records([record], name="long", instruction="Copy.")
-    with pytest.raises(ValueError, match="nothing is ever cut off"):
+    with pytest.raises(ValueError, match=r"task 'long', train split, row 0 .*nothing is ever cut off"):
         fine_tune(base, long, folder=tmp_path, **OPTIONS)
 
 

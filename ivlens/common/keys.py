@@ -172,11 +172,12 @@ def recorded(settings: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str,
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two records; empty where nothing does."""
-    known, found = there.get("keys", {}), []
+    known, told, contents = there.get("keys", {}), [], []
     for name in dict.fromkeys([*known, *now["keys"]]):
-        if known.get(name) == now["keys"].get(name):
-            continue
-        one, two = there.get(name), now.get(name)
-        same = json.dumps(one) == json.dumps(two)
-        found.append(f"{name}: other contents than there" if same else f"{name}: {one!r} there, {two!r} now")
-    return ", ".join(found)
+        if known.get(name) != now["keys"].get(name):
+            one, two = there.get(name), now.get(name)
+            if json.dumps(one) == json.dumps(two):
+                contents.append(f"{name}: other contents than there")
+            else:
+                told.append(f"{name}: {one!r} there, {two!r} now")
+    return ", ".join(told or contents)

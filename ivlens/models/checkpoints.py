@@ -17,9 +17,10 @@ from ivlens.models.adapters import adapter_distance, add_adapter, check_files, i
 from ivlens.models.backends import backend_of
 from ivlens.models.loading import load_hf, load_model
 
-__all__ = ["FINAL", "SETTINGS", "Checkpoint", "checkpoints_in", "open_checkpoints"]
+__all__ = ["FINAL", "SAVED", "SETTINGS", "Checkpoint", "checkpoints_in", "open_checkpoints"]
 
 SETTINGS, FINAL = "settings.json", "final"  # in the folder of a training run
+SAVED = "saved"  # in each of its checkpoints that was written to its end
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def open_checkpoints(
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """The Trainer's checkpoint folders, by steps."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    """The checkpoints of a training run that were written to their end, by steps; others' aren't ours to use or remove."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and (p / SAVED).is_file()]
     return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
 
 

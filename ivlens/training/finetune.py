@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
+import os
 import random
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,31 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ivlens.common.keys import weights_fingerprint
-from ivlens.common.storage import write_text
-from ivlens.models.adapters import (
-    WEIGHTS,
-    add_adapter,
-    describe_config,
-    freeze_adapter,
-    record_base,
-    stack_adapters,
-)
-from ivlens.models.checkpoints import FINAL
+from ivlens.common.keys import files_key, recorded, weights_fingerprint
+from ivlens.models.adapters import add_adapter, describe_config, freeze_adapter, record_base
+from ivlens.models.checkpoints import FINAL, SAVED
 from ivlens.models.loading import as_dtype, load_hf, tokenizing_backend
 from ivlens.tasks.prompts import build_prompts
-from ivlens.tasks.suite import as_suite
+from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.data import answer_dataset
-from ivlens.training.run import LOG, SAVED, TrainingRun, settled, usable_checkpoint
+from ivlens.training.run import TrainingRun, keep_outcome, settled, usable_checkpoint
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
+    import datasets
     from peft import PeftConfig
 
+    from ivlens.models.backend import Backend
     from ivlens.training.methods import Method
 
-__all__ = ["fine_tune"]
+__all__ = ["fine_tune", "training_rows"]
 
 
 def fine_tune(
@@ -102,32 +95,41 @@ def fine_tune(
 
     suite, folder = as_suite(tasks), Path(folder)
     chosen = as_method(("lora" if vectors is None else "iv") if method is None else method)
+    chosen.check(suite.names, vectors)
     before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
+    look: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
+    n = rows_needed(steps, batch_size, arguments)
+    dataset = training_rows(tokenizing_backend(hf_model, tokenizer, label), suite, n, look)
     settings = {
-        "base": label,
-        "base_fingerprint": weights_fingerprint(hf_model),
-        "tasks": suite.names,
-        "method": repr(chosen),
-        "weights": "LoRA" if lora is True else "every weight" if lora is False else describe_config(lora),
+        "base": hf_model,
+        "data": {name: list(dataset[name]) for name in dataset.column_names},
+        "method": chosen,
+        "weights": lora,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "shots": shots,
-        "instruction": instruction,
-        "style": style,
-        "dtype": str(as_dtype(dtype)).removeprefix("torch."),
-        "seed": seed,
-        **({} if vectors is None else {"vectors": _digest(vectors)}),
-        **({} if before is None else {"previous": _file_digest(before / FINAL / WEIGHTS)}),
-        **{key: str(value) for key, value in arguments.items()},
+        **look,
+        "save_every": save_every,
+        "dtype": as_dtype(dtype),
+        "vectors": vectors,
+        "previous": None if before is None else [files_key(before / name) for name in (FINAL, "memory")],
+        **arguments,
     }
-    if settled(folder, settings):
+    fingerprint = weights_fingerprint(hf_model)
+    shown = {
+        "base": label,
+        "base_fingerprint": fingerprint,
+        "data": f"{len(dataset)} rows",
+        "tasks": suite.names,
+        "method": repr(chosen),
+        "weights": "LoRA" if lora is True else "every weight" if lora is False else describe_config(lora),
+        "dtype": str(as_dtype(dtype)).removeprefix("torch."),
+        "vectors": None if vectors is None else sorted(vectors),
+        "previous": None if before is None else str(before),
+    }
+    if settled(folder, recorded(settings, shown)):
         return TrainingRun.load(folder)
-    n = steps * batch_size * int(arguments.get("gradient_accumulation_steps", 1))
-    options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
-    prompts = [p for task in suite.values() for p in build_prompts(task, n=-(-n // len(suite)), repeat=True, **options)]
-    dataset = answer_dataset(tokenizing_backend(hf_model, tokenizer, label), prompts)
     arguments = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
@@ -136,7 +138,7 @@ def fine_tune(
     }
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    record = {} if lora is False else {"label": label, "fingerprint": settings["base_fingerprint"]}
+    record = {} if lora is False else {"label": label, "fingerprint": fingerprint}
     with _random_state(seed):
         if lora is not False:
             hf_model = _with_lora(hf_model, lora, before, chosen.fresh, record)
@@ -148,16 +150,45 @@ def fine_tune(
         chosen.finish(stage)
         seconds = float("nan") if resumed else time.perf_counter() - start
     if trainer.is_world_process_zero():
-        _save(stage, before if chosen.fresh else None, record)
-        log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        cost = {"seconds": seconds, **_cost(stage, trainer)}
-        write_text(folder / LOG, json.dumps({"log": log, "cost": cost}, indent=1) + "\n")
+        keep_outcome(stage, trainer, before / FINAL if before and chosen.fresh else None, record, seconds)
     trainer.accelerator.wait_for_everyone()
     return TrainingRun.load(folder)
 
 
+def rows_needed(steps: int, batch_size: int, arguments: Mapping[str, Any]) -> int:
+    """Rows that training takes, over all processes."""
+    accumulated, processes = arguments.get("gradient_accumulation_steps", 1), os.environ.get("WORLD_SIZE", "1")
+    return steps * batch_size * int(accumulated) * int(processes)
+
+
+def training_rows(backend: Backend, suite: TaskSuite, n: int, look: Mapping[str, Any]) -> datasets.Dataset:
+    """At least `n` rows, as many of each task, from its training split.
+
+    Raises
+    ------
+    ValueError
+        If one is longer than the context; the message names task, split and row.
+    """
+    import datasets
+
+    parts = []
+    for task in suite.values():
+        prompts = build_prompts(task, n=-(-n // len(suite)), repeat=True, **look)
+        try:
+            parts.append(answer_dataset(backend, prompts))
+        except ValueError:
+            for prompt in prompts:
+                try:
+                    answer_dataset(backend, [prompt])
+                except ValueError as error:
+                    place = f"task {task.name!r}, train split, row {task.train.index(prompt.query)}"
+                    raise ValueError(f"{place} ({prompt.query.input[:40]!r}): {error}") from error
+            raise
+    return datasets.concatenate_datasets(parts)
+
+
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
-    """The folder of the run before, which must be finished and by a method that left what this one needs."""
+    """The folder of the run before, which must be finished, of the same adapter, and have left what the method needs."""
     if lora is False and (previous is not None or method.fresh):
         raise ValueError(
             f"lora=False goes neither with previous nor with {type(method).__name__}, which work on adapters; to go on training "
@@ -166,10 +197,19 @@ def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: b
     if previous is None:
         return None
     run = previous if isinstance(previous, TrainingRun) else TrainingRun.load(previous)
+    if run.settings["weights"] == "every weight":
+        raise ValueError(
+            f"{run.folder} trained every weight and has no adapter to go on with; pass {run.final} as the model"
+        )
     if method.keeps and run.settings["method"].split("(")[0] != type(method).__name__:
         raise ValueError(
             f"{run.folder} kept nothing for {type(method).__name__} ({run.settings['method']} trained it); "
             "train the stages before with the same method"
+        )
+    if not (method.fresh or lora is True or describe_config(lora) == run.settings["weights"]):
+        raise ValueError(
+            f"{run.folder} has an adapter of other settings ({run.settings['weights']}), which goes on being trained; leave lora "
+            "out, or take a method with an adapter of its own for every stage, such as fresh_lora"
         )
     return run.folder
 
@@ -182,7 +222,9 @@ def _with_lora(
 
     if before is not None and not fresh:
         return add_adapter(hf_model, before / FINAL, trainable=True, **record)
-    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM") if lora is True else lora
+    config = (
+        LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM") if lora is True else copy.deepcopy(lora)
+    )
     model = get_peft_model(hf_model, config)  # query and value projections are peft's default where there are such
     model.peft_config["default"].base_model_name_or_path = record["label"]
     if before is not None:
@@ -192,18 +234,6 @@ def _with_lora(
         # Checkpoints are of the adapter in training, which is also the one that the Trainer loads when it goes on.
         model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"])
     return model
-
-
-def _digest(vectors: Mapping[str, InstructionVector]) -> str:
-    """Tells other vectors apart."""
-    digest = hashlib.sha256()
-    for name, vector in sorted(vectors.items()):
-        digest.update(f"{name} {vector.layer} {vector.scale}".encode() + vector.vector.float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _defaults(save_every: int | None, seed: int, progress: bool, steps: int) -> dict[str, Any]:
@@ -253,38 +283,6 @@ def _trainer(
     if not arguments["disable_tqdm"]:
         trainer.add_callback(Bar())
     return trainer
-
-
-def _save(stage: Any, below: Path | None, record: Mapping[str, str]) -> None:
-    """The outcome, with the adapters below it stacked into one; in place only once it is whole."""
-    unfinished = stage.folder / f"{FINAL}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    stage.model.save_pretrained(unfinished)
-    if record:
-        record_base(unfinished, **record)
-    else:
-        stage.tokenizer.save_pretrained(unfinished)
-    if below is not None:
-        stack_adapters(below / FINAL, unfinished)
-    shutil.rmtree(stage.folder / FINAL, ignore_errors=True)
-    unfinished.rename(stage.folder / FINAL)
-
-
-def _cost(stage: Any, trainer: Any) -> dict[str, float]:
-    import resource
-
-    kept = [p for p in (stage.folder / "memory").rglob("*") if p.is_file()]
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return {
-        "teacher_seconds": getattr(trainer, "teacher_seconds", 0.0),
-        "trainable": sum(p.numel() for p in stage.model.parameters() if p.requires_grad),
-        "kept_mb": sum(p.stat().st_size for p in kept) / 1e6,
-        "peak_mb": peak / 1e6,
-    }
 
 
 @contextmanager

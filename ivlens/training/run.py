@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ivlens.common.keys import differences
 from ivlens.common.storage import write_text
+from ivlens.models.adapters import record_base, stack_adapters
 from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["LOG", "SAVED", "TrainingRun", "settled", "usable_checkpoint"]
+    from ivlens.training.methods import Stage
+
+__all__ = ["LOG", "TrainingRun", "keep_outcome", "settled", "usable_checkpoint"]
 
 LOG = "log.json"
-SAVED = "saved"  # in a checkpoint that was written to its end
+WRITTEN = ("checkpoint-*", FINAL, f"{FINAL}.partial", "memory", LOG, "teacher-*.safetensors")  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class TrainingRun:
                 f"{folder} holds no finished training run; call fine_tune with this folder to go on"
             )
         settings, done = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, LOG))
+        settings.pop("keys", None)
         return cls(folder, settings, done["log"], done["cost"])
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -84,24 +92,67 @@ class TrainingRun:
         )
 
 
-def settled(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether this run is finished already. Notes its settings if it is new."""
+def settled(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the run with this record (see `ivlens.common.keys.recorded`) is finished already. Notes it where it is new.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds another run, or files that a run would write but that aren't known to be one's.
+    """
     path = folder / SETTINGS
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
-        if differing:
-            what = ", ".join(f"{key}: {known.get(key)!r} there, {settings.get(key)!r} now" for key in differing)
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            known = {}
+        if "keys" not in known:
+            raise ValueError(f"{path} isn't a run's of this version of ivlens; choose another folder")
+        if what := differences(known, record):
             raise ValueError(f"{folder} holds another training run ({what}); choose another folder or remove that one")
         return (folder / LOG).is_file()
-    write_text(path, json.dumps(settings, indent=1) + "\n")
+    if foreign := sorted(p.name for pattern in WRITTEN for p in folder.glob(pattern)):
+        raise ValueError(f"{folder} holds {', '.join(foreign)}, which ivlens didn't write there; choose another folder")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return False
 
 
 def usable_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; removes those that were not."""
-    for path in reversed(checkpoints_in(folder)):
-        if (path / SAVED).is_file():
-            return path
-        shutil.rmtree(path)
-    return None
+    """The last checkpoint that was written to its end."""
+    return next(reversed(checkpoints_in(folder)), None)
+
+
+def keep_outcome(stage: Stage, trainer: Any, below: Path | None, record: Mapping[str, str], seconds: float) -> None:
+    """The model after the last step, with the adapters below it stacked into one (in place only once it is whole); log, cost."""
+    unfinished = stage.folder / f"{FINAL}.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    stage.model.save_pretrained(unfinished)
+    if record:
+        record_base(unfinished, **record)
+    else:
+        stage.tokenizer.save_pretrained(unfinished)
+    if below is not None:
+        stack_adapters(below, unfinished)
+    shutil.rmtree(stage.folder / FINAL, ignore_errors=True)
+    unfinished.rename(stage.folder / FINAL)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    kept = [p for p in (stage.folder / "memory").rglob("*") if p.is_file()]
+    cost = {
+        "seconds": seconds,
+        "teacher_seconds": getattr(trainer, "teacher_seconds", 0.0),
+        "trainable": sum(p.numel() for p in stage.model.parameters() if p.requires_grad),
+        "kept_mb": sum(p.stat().st_size for p in kept) / 1e6,
+        "peak_mb": _peak() / 1e6,
+    }
+    write_text(stage.folder / LOG, json.dumps({"log": log, "cost": cost}, indent=1) + "\n")
+
+
+def _peak() -> float:
+    """Bytes of memory in use at most: of the GPU, else of the process; NaN where the system doesn't say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from ivlens.training.methods.method import Method, Stage
 if TYPE_CHECKING:
     import datasets
     from transformers import Trainer
+
+    from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["Guided"]
 
@@ -40,11 +43,16 @@ class Guided(Method):
                 f"guidance={self.guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
             )
 
+    def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
+        if missing := [task for task in tasks if task not in (vectors or {})]:
+            raise ValueError(
+                f"guided training needs vectors, and there is none for task(s) {', '.join(missing)}; extract one each with "
+                "ivl.extract_vector"
+            )
+
     def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
         from ivlens.training.trainer import IVTrainer
 
-        if stage.vectors is None:
-            raise ValueError("guided training needs vectors; extract one for each task with ivl.extract_vector")
         vectors = stage.vectors
         if self.random:
             vectors = {name: random_vector(vector, seed=stage.seed) for name, vector in vectors.items()}

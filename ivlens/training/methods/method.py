@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,6 +70,9 @@ class Method:
 
     fresh: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+
+    def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
+        """Raise ValueError where these tasks can't be trained on with these vectors."""
 
     def data(self, stage: Stage) -> datasets.Dataset:
         """The rows to train on."""
