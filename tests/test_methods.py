@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from ivlens.models.loading import load_hf, tokenizing_backend
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import METHODS, fine_tune
 from ivlens.training.data import answer_dataset
-from ivlens.training.methods import EWC, Averaging, Guided, LwF, OLoRA, Replay, as_method
+from ivlens.training.methods import EWC, Averaging, Guided, LwF, OLoRA, Replay, Stage, as_method
+from ivlens.training.methods.method import sample_rows
 from ivlens.training.methods.replay import reservoir
 from ivlens.vectors.vector import InstructionVector
 
@@ -265,3 +267,34 @@ def test_training_does_not_depend_on_global_random_state(base, task, first, tmp_
     again = fine_tune(base, task, folder=tmp_path, method="ewc", **OPTIONS)
     one, two = (load_file(r.final / "adapter_model.safetensors") for r in (first("ewc"), again))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_stage_of_several_tasks_leaves_rows_of_all_of_them(base, task, other_task, first, tmp_path):
+    from collections import Counter
+
+    one = first("replay")
+    suite = [replace(task, name="a"), replace(other_task, name="b")]
+    two = fine_tune(
+        base, suite, folder=tmp_path, method=Replay(share=0.5, size=6), previous=one, **{**OPTIONS, "steps": 8}
+    )
+    buffer = read_json(two.folder / "memory" / "buffer.json", "replay buffer")["rows"]
+    assert len(buffer) == 6 and {"a", "b"} <= {row["task"] for row in buffer}
+    backend = tokenizing_backend(*load_hf(base))
+    dataset = answer_dataset(backend, [p for t in suite for p in build_prompts(t, n=10)])
+    stage = Stage(None, backend.tokenizer, dataset, None, one.folder, tmp_path, 0)
+    assert Counter(Replay(share=0.5).data(stage)["task"]) == {"past": 10, "a": 5, "b": 5}
+    uneven = dataset.select([*range(12), 19])  # ten of a, three of b
+    assert Counter(sample_rows(uneven, 7, 0)["task"]) == {"a": 5, "b": 2}
+    assert sample_rows(dataset, 99, 0).to_dict() == dataset.to_dict()
+
+
+def test_fisher_information_is_of_every_task_of_the_stage(base, task, other_task, tmp_path, monkeypatch):
+    from ivlens.training.methods import ewc
+
+    seen = []
+    original = ewc.fisher_information
+    monkeypatch.setattr(
+        ewc, "fisher_information", lambda model, rows: seen.extend(rows["task"]) or original(model, rows)
+    )
+    fine_tune(base, [task, other_task], folder=tmp_path, method=EWC(n_examples=4), **OPTIONS)
+    assert sorted(seen) == ["past", "past", "plural", "plural"]

@@ -33,6 +33,12 @@ def run(base, task, tmp_path_factory):
     return fine_tune(base, task, folder=tmp_path_factory.mktemp("run"), save_every=2, **OPTIONS)
 
 
+@pytest.fixture(scope="module")
+def guided(task):
+    vector = InstructionVector(torch.randn(32, generator=torch.Generator().manual_seed(0)), layer=1)
+    return {"vectors": {task.name: vector}}
+
+
 @torch.inference_mode()
 def logits_of(model):
     return backend_of(model).forward(torch.tensor([[5, 9, 30, 41, 7]]), torch.ones(1, 5, dtype=torch.long), keep=5)
@@ -69,6 +75,34 @@ def test_the_logged_loss_is_the_mean_over_answer_tokens_whatever_the_padding(bas
     assert log[0]["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "llama"])
+@pytest.mark.parametrize("kind", ["plain", "guided"])
+def test_the_loss_does_not_depend_on_the_side_of_padding(task, tokenizer_folder, tmp_path, guided, name, kind):
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    uneven = [{"input": verb * (1 + i % 4), "output": verb} for i, verb in enumerate(tiny.VERBS)]
+    uneven = ivl.Task.from_records(uneven, name=task.name, instruction="x")
+    where = {"gpt2": ["c_attn"], "bloom": ["query_key_value"]}.get(name, ["q_proj", "v_proj"])
+    losses = []
+    for side in ("left", "right"):
+        if name == "opt":
+            sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48}
+            config = OPTConfig(
+                vocab_size=200, max_position_embeddings=128, word_embed_proj_dim=32, dropout=0.0, **sizes
+            )
+            model = tiny.randomize(OPTForCausalLM(config))
+        else:
+            off = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}.get(name, {})
+            model = tiny.hf_model(name, **off)
+        padding = AutoTokenizer.from_pretrained(tokenizer_folder, padding_side=side)
+        more = {"lora": LoraConfig(r=2, target_modules=where, task_type="CAUSAL_LM"), "tokenizer": padding, "steps": 1}
+        options = {**OPTIONS, **more, **(guided if kind == "guided" else {}), "batch_size": 8, "learning_rate": 0.0}
+        losses.append(fine_tune(model, uneven, folder=tmp_path / side, **options).log[0]["loss"])
+        assert padding.padding_side == side
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_training_changes_the_model_and_lowers_the_loss(base, task, tmp_path):
     run = fine_tune(base, task, folder=tmp_path, lora=False, **{**OPTIONS, "steps": 30, "logging_steps": 1})
     assert run.log[-1]["loss"] < 0.8 * run.log[0]["loss"]
@@ -95,12 +129,6 @@ def test_the_adapter_loads_back_with_the_same_logits_in_a_new_process(base, run,
 
     torch.testing.assert_close(load_file(tmp_path / "x.safetensors")["x"], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(expected, logits_of(ivl.load_model(base)), atol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def guided(task):
-    vector = InstructionVector(torch.randn(32, generator=torch.Generator().manual_seed(0)), layer=1)
-    return {"vectors": {task.name: vector}}
 
 
 def test_guided_training_logs_its_terms_and_trains_another_adapter(base, task, run, guided, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
+from ivlens.models.backend import position_ids
 from ivlens.training.data import IGNORED
 from ivlens.training.guidance import POSITIONS, Guidance
 from ivlens.training.losses import answer_positions, last_prompt_positions
@@ -19,19 +20,27 @@ from ivlens.training.losses import answer_positions, last_prompt_positions
 __all__ = ["Batch", "Collator", "count_positions", "kept_positions"]
 
 
-class Collator(DataCollatorForSeq2Seq):
-    """Pads on `side`; tasks become their numbers."""
+COLUMNS = ("input_ids", "attention_mask", "labels", "example")
 
-    def __init__(self, tokenizer: Any, tasks: list[str], side: str):
+
+class Collator(DataCollatorForSeq2Seq):
+    """Pads on `side`, so that what a batch gives doesn't depend on the tokenizer's own: on the right, where positions are those
+    of the tokens anyway, or, where a model is told its positions (`positioned`), on the left. Tasks become their numbers."""
+
+    def __init__(self, tokenizer: Any, tasks: Sequence[str] = (), side: str = "right", *, positioned: bool = False):
         tokenizer = copy.copy(tokenizer)  # the user's keeps its side
         tokenizer.padding_side = side
         super().__init__(tokenizer, padding=True, label_pad_token_id=IGNORED)
-        self.tasks = tasks
+        self.tasks, self.positioned = list(tasks), positioned
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> Any:
-        rows = [{key: value for key, value in row.items() if key != "task"} for row in features]
-        batch = super().__call__(rows, return_tensors)
-        batch["task"] = torch.tensor([self.tasks.index(row["task"]) for row in features])
+        batch = super().__call__(
+            [{name: row[name] for name in COLUMNS if name in row} for row in features], return_tensors
+        )
+        if "example" in batch:  # of the training data; others are only scored
+            batch["task"] = torch.tensor([self.tasks.index(row["task"]) for row in features])
+        if self.positioned:
+            batch["position_ids"] = position_ids(batch["attention_mask"])
         return batch
 
 
@@ -66,7 +75,7 @@ class Batch:
         where["last"] = torch.zeros_like(where["all"]).scatter(1, last[:, None], True)
         where["kept"] = where[_kept(guidance)]
         if positioned:
-            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = position_ids(inputs["attention_mask"])
         return cls(inputs, labels, tasks, examples, last, where)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["KL", "PRESETS", "Guidance"]
+__all__ = ["KL", "PRESETS", "Guidance", "checked_guidance"]
 
 DIRECTIONS = ("teacher_student", "student_teacher")
 POSITIONS = ("answer", "last", "all")
@@ -121,3 +122,24 @@ PRESETS = {
         site="attention",
     ),
 }
+
+
+def checked_guidance(guidance: str | Guidance, vectors: Any, keep: int | str | None) -> Guidance:
+    """The guidance meant, by a preset's name or itself, which must go with the other arguments."""
+    if isinstance(guidance, str):
+        if guidance not in PRESETS:
+            raise ValueError(
+                f"guidance={guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
+            )
+        guidance = PRESETS[guidance]
+    if vectors is None and (guidance.progressive or guidance.heads_weight):
+        raise ValueError(
+            "vectors=None leaves nothing to inject and no heads to compare; pass the vectors, or "
+            "Guidance(progressive=False, heads_weight=0)"
+        )
+    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
+    if not (keep is None or keep == "full" or whole):
+        raise ValueError(f"keep_teacher={keep!r} must be a number of tokens above 0, 'full', or None to keep nothing")
+    if keep is not None and len({term.temperature for term in guidance.kl}) > 1:
+        raise ValueError("keep_teacher needs one temperature for all divergences; pass keep_teacher=None")
+    return guidance

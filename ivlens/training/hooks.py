@@ -70,6 +70,10 @@ class TrainingHooks:
         while self._handles:
             self._handles.pop().remove()
 
+    def rest(self) -> None:
+        """In the next passes nothing is added and nothing read."""
+        self.additions, self.read = {}, None
+
     @property
     def z(self) -> Float[Tensor, "row head d_head"]:
         """Outputs of the heads at the places read, in the last pass."""
@@ -89,6 +93,8 @@ class TrainingHooks:
 
     def _read_at(self, layer: int, d_head: int) -> Any:
         def hook(module: Any, args: tuple) -> None:
+            if self.read is None:
+                return
             rows, columns = (index.to(args[0].device) for index in self.read)
             self._z[layer] = args[0][rows, columns].unflatten(-1, (-1, d_head))
 

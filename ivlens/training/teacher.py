@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ivlens.common.keys import weights_fingerprint
 from ivlens.common.storage import read_tensors, write_tensors
 
 __all__ = [
@@ -26,7 +24,6 @@ __all__ = [
     "blank_adapters",
     "keep_teacher",
     "kept_divergence",
-    "teacher_digest",
 ]
 
 KIND = "teacher outputs"
@@ -171,23 +168,6 @@ def affordable(k: int, positions: int, budget: float) -> int | None:
         stacklevel=3,
     )
     return None
-
-
-def teacher_digest(model: Any, about: Any, dataset: Any) -> str:
-    """Tells kept outputs apart: by the model with its adapters, the data, and the repr of what else they depend on."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    active = sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
-    digest = hashlib.sha256(repr((weights_fingerprint(model), active, about)).encode())
-    adapters = set(getattr(model, "peft_config", ()))
-    for name, weight in model.named_parameters():
-        if adapters & set(
-            name.split(".")
-        ):  # whole: the fingerprint takes some of every weight, which may not have moved
-            digest.update(weight.detach().float().cpu().numpy().tobytes())
-    digest.update(repr([dataset[column][:] for column in ("input_ids", "labels")]).encode())
-    return digest.hexdigest()[:16]
 
 
 def blank_adapters(model: Any) -> set[str] | None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ivlens.common.keys import key
 from ivlens.training.batch import Batch, Collator, count_positions, kept_positions
 from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
-from ivlens.training.guidance import KL, POSITIONS, PRESETS, Guidance
+from ivlens.training.guidance import KL, POSITIONS, Guidance, checked_guidance
 from ivlens.training.hooks import TaskInjection, TrainingHooks
 from ivlens.training.losses import answer_loss, head_consistency, kl_divergence
 from ivlens.training.teacher import (
@@ -27,7 +28,6 @@ from ivlens.training.teacher import (
     blank_adapters,
     keep_teacher,
     kept_divergence,
-    teacher_digest,
 )
 from ivlens.vectors.vector import InstructionVector
 
@@ -48,7 +48,7 @@ class IVTrainer(Trainer):
     guidance
         `"paper"`, `"fvg-code"`, or a `Guidance`.
     train_dataset
-        With the columns of `ivlens.training.data.answer_dataset`.
+        With the columns of `ivlens.training.data.answer_dataset`. An `eval_dataset` needs no `task`.
     keep_teacher
         How many of the teacher's likeliest tokens are kept per position (the rest counts as one), computed once before
         training and kept in the output folder; `"full"` keeps them all, None runs the teacher in every step.
@@ -79,7 +79,7 @@ class IVTrainer(Trainer):
         teacher_budget: float = 2.0,
         **arguments: Any,
     ):
-        self.guidance = _guidance(guidance, vectors, keep_teacher)
+        self.guidance = checked_guidance(guidance, vectors, keep_teacher)
         tasks = list(dict.fromkeys(train_dataset["task"]))
         self._injection = TaskInjection.of(vectors, tasks, self.guidance, model.config)
         heads = vectors[tasks[0]].heads if self.guidance.heads_weight else ()
@@ -87,11 +87,12 @@ class IVTrainer(Trainer):
         parameters = inspect.signature(_inner(model).forward).parameters
         self._positioned, self._sparse = "position_ids" in parameters, "logits_to_keep" in parameters
         # Padded on the left, answers stand in the same columns, and fewer logits are needed.
-        side = "left" if self._positioned else processing_class.padding_side
-        arguments.setdefault("data_collator", Collator(processing_class, tasks, side))
+        side = "left" if self._positioned else "right"
+        arguments.setdefault("data_collator", Collator(processing_class, tasks, side, positioned=self._positioned))
         numbered = train_dataset.add_column("example", list(range(len(train_dataset))))
         super().__init__(model, train_dataset=numbered, processing_class=processing_class, **arguments)
         self.args.remove_unused_columns = False  # the collator needs those that the model doesn't
+        self.label_names = self.label_names or ["labels"]  # transformers finds none on some PEFT models
         self.model_accepts_loss_kwargs = True  # the loss is normalized over the accumulated batch here, for any model
         self.current_gradient_accumulation_steps = 1
         self.teacher_seconds = 0.0
@@ -145,6 +146,8 @@ class IVTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if "example" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = self._batch(inputs)
         teacher, teacher_z = self._taught(model, batch)
         alpha = self.guidance.strength(self.state.global_step, self.state.max_steps)
@@ -168,6 +171,12 @@ class IVTrainer(Trainer):
         loss = sum(terms.values())
         self._note({**terms, "alpha": alpha} if self.guidance.progressive else terms)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Mapping[str, Tensor], *args: Any, **options: Any) -> Any:
+        """Evaluated is the model as it will be used: nothing injected, the loss on the labels alone."""
+        self._hooks.rest()
+        inputs = {name: value for name, value in inputs.items() if name not in ("task", "example")}
+        return super().prediction_step(model, inputs, *args, **options)
 
     def _kl(self, term: KL, student: Tensor, teacher: TopK | Tensor, where: dict[str, Tensor], totals: Any) -> Tensor:
         """One divergence, a mean over its positions in the whole accumulated batch."""
@@ -254,25 +263,16 @@ class IVTrainer(Trainer):
             logits, z = self._teach(model, self._hooks, batch)
             return logits.split(batch.where["kept"].sum(1).tolist()), z
 
-        about = (
-            k,
-            self.accelerator.mixed_precision,
-            self.guidance,
-            self._injection.layers,
-            self._injection.thetas.tolist(),
-        )
-        digest = teacher_digest(model, about, self.train_dataset)
-        path = Path(self.args.output_dir) / f"teacher-{digest}.safetensors"
+        rows = [list(self.train_dataset[name]) for name in ("input_ids", "labels", "task")]
+        kept_as = key(model, k, self.accelerator.mixed_precision, self.guidance, self._injection, rows)
+        options: dict[str, Any] = {
+            "temperature": self.guidance.kl[0].temperature if self.guidance.kl else 1.0,
+            "path": Path(self.args.output_dir) / f"teacher-{kept_as}.safetensors",
+            "batch_size": self.args.per_device_train_batch_size,
+            "progress": not self.args.disable_tqdm,
+        }
         with self.args.main_process_first(desc="the teacher's outputs"):  # the others then find the file
-            kept = keep_teacher(
-                len(self.train_dataset),
-                teach,
-                k=k,
-                temperature=self.guidance.kl[0].temperature if self.guidance.kl else 1.0,
-                path=path,
-                batch_size=self.args.per_device_train_batch_size,
-                progress=not self.args.disable_tqdm,
-            )
+            kept = keep_teacher(len(self.train_dataset), teach, k=k, **options)
         self.teacher_seconds = time.perf_counter() - start
         return kept
 
@@ -294,27 +294,6 @@ class IVTrainer(Trainer):
             logs = {**logs, **{name: value / steps for name, value in means.items()}}
             self._terms.clear()
         super().log(logs, *args, **options)
-
-
-def _guidance(guidance: str | Guidance, vectors: Any, keep: int | str | None) -> Guidance:
-    """The guidance meant, which must go with the other arguments."""
-    if isinstance(guidance, str):
-        if guidance not in PRESETS:
-            raise ValueError(
-                f"guidance={guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
-            )
-        guidance = PRESETS[guidance]
-    if vectors is None and (guidance.progressive or guidance.heads_weight):
-        raise ValueError(
-            "vectors=None leaves nothing to inject and no heads to compare; pass the vectors, or "
-            "Guidance(progressive=False, heads_weight=0)"
-        )
-    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
-    if not (keep is None or keep == "full" or whole):
-        raise ValueError(f"keep_teacher={keep!r} must be a number of tokens above 0, 'full', or None to keep nothing")
-    if keep is not None and len({term.temperature for term in guidance.kl}) > 1:
-        raise ValueError("keep_teacher needs one temperature for all divergences; pass keep_teacher=None")
-    return guidance
 
 
 def _inner(model: Any) -> Any:

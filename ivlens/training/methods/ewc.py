@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.training.losses import lm_loss
-from ivlens.training.methods.method import Method, Stage, trained_weights
+from ivlens.training.methods.method import Method, Stage, sample_rows, trained_weights
 
 __all__ = ["EWC", "fisher_information"]
 
@@ -30,7 +30,7 @@ class EWC(Method):
     strength
         λ.
     n_examples
-        Training examples that a stage's Fisher information is estimated from.
+        Training examples that a stage's Fisher information is estimated from, of every task of the stage.
     """
 
     keeps: ClassVar[bool] = True
@@ -57,8 +57,7 @@ class EWC(Method):
         return penalty
 
     def finish(self, stage: Stage) -> None:
-        rows = stage.dataset.select(range(min(self.n_examples, len(stage.dataset))))
-        fisher = fisher_information(stage.model, rows)
+        fisher = fisher_information(stage.model, sample_rows(stage.dataset, self.n_examples, stage.seed))
         if (path := stage.remembered(FILE)) is not None:
             kept, _ = read_tensors(path, kind=KIND)
             fisher = {name: value + kept[f"fisher/{name}"] for name, value in fisher.items()}

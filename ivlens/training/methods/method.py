@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import Trainer
 
-from ivlens.training.data import IGNORED
+from ivlens.training.batch import Collator
 
 if TYPE_CHECKING:
     import datasets
@@ -80,12 +81,13 @@ class Method:
 
     def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
         """The trainer; `common` are the Trainer's own arguments."""
-        collator = DataCollatorForSeq2Seq(stage.tokenizer, padding=True, label_pad_token_id=IGNORED)
+        common = {"train_dataset": dataset, "data_collator": Collator(stage.tokenizer), **common}
         penalty = self.penalty(stage)
-        plain = dataset.remove_columns("task")
-        if penalty is None:
-            return Trainer(stage.model, train_dataset=plain, data_collator=collator, **common)
-        return PenaltyTrainer(stage.model, penalty=penalty, train_dataset=plain, data_collator=collator, **common)
+        return (
+            Trainer(stage.model, **common)
+            if penalty is None
+            else PenaltyTrainer(stage.model, penalty=penalty, **common)
+        )
 
     def penalty(self, stage: Stage) -> Callable[[], Tensor] | None:
         """What is added to the loss in every step, a function of the weights alone; None for nothing."""
@@ -120,6 +122,17 @@ class PenaltyTrainer(Trainer):
             logs = {**logs, "penalty": sum(self._seen) / len(self._seen)}
             self._seen.clear()
         super().log(logs, *args, **options)
+
+
+def sample_rows(dataset: datasets.Dataset, n: int, seed: int) -> datasets.Dataset:
+    """So many rows drawn at random, of every task its part, in their order."""
+    rng, by_task = random.Random(seed), {}
+    for i, task in enumerate(dataset["task"]):
+        by_task.setdefault(task, []).append(i)
+    parts = [rng.sample(rows, len(rows)) for rows in by_task.values()]
+    # Of a task with k rows, they stand at 1/2k, 3/2k, …: the first n of all tasks together are n shares of the same size.
+    ranked = sorted(((j + 0.5) / len(rows), i) for rows in parts for j, i in enumerate(rows))
+    return dataset.select(sorted(i for _, i in ranked[:n]))
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivlens.common.storage import read_json, write_json
-from ivlens.training.methods.method import Method, Stage
+from ivlens.training.methods.method import Method, Stage, sample_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -19,7 +19,7 @@ KIND, FILE = "replay buffer", "buffer.json"
 
 @dataclass(frozen=True)
 class Replay(Method):
-    """Examples of earlier stages are trained on again, from a buffer filled by reservoir sampling (arXiv 1902.10486).
+    """Experience replay: examples of earlier stages are trained on again, from a buffer filled by reservoir sampling (arXiv 1902.10486).
 
     They take the place of new ones, so that a stage costs what it costs without. The first stage has none.
 
@@ -48,7 +48,7 @@ class Replay(Method):
         rng = random.Random(stage.seed)
         old = read_json(path, KIND)["rows"]
         n_old = round(self.share * len(stage.dataset))
-        new = stage.dataset.select(range(len(stage.dataset) - n_old))
+        new = sample_rows(stage.dataset, len(stage.dataset) - n_old, stage.seed)
         rows = [*new, *(rng.choice(old) for _ in range(n_old))]
         rng.shuffle(rows)
         return datasets.Dataset.from_list(rows)
