@@ -14,7 +14,6 @@ import torch
 
 import ivlens as ivl
 from ivlens.continual import collect, read_config, run, runner
-from ivlens.continual import experiment as experiments
 from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
 from ivlens.continual.vectors import base_vectors
 from ivlens.models.backends import backend_of
@@ -170,6 +169,57 @@ def test_other_training_in_the_same_folder_is_refused(done, sequence):
         run(sequence[::-1], folder=folder, **options)
 
 
+def test_another_method_under_a_label_of_old_is_refused(done, sequence, monkeypatch):
+    _, folder, options = done
+    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(
+        ValueError, match=r"was trained by SequentialLoRA\(\), and 'lora' is EWC\(strength=2.0.* another label"
+    ):
+        run(sequence, folder=folder, **{**options, "methods": {"lora": EWC(strength=2.0)}})
+    with pytest.raises(ValueError, match="another label"):
+        run(sequence, folder=folder, **{**options, "methods": {"iv": Guided(random=True)}})
+
+
+@pytest.mark.parametrize(
+    "wrong, match",
+    [
+        ({"lora": False}, "lora=False trains every weight"),
+        ({"dtype": "int8"}, "no floating-point dtype"),
+        ({"label_smooth": 0.1}, "label_smooth"),
+        ({"methods": {"vectors": "lora"}}, "would share a folder"),
+        ({"methods": {"a/b": "lora", "a_b": "ewc"}}, "would share a folder"),
+        ({"sequence": "long"}, r"\(long, train example .: 'word word"),
+    ],
+)
+def test_what_cannot_work_in_a_later_stage_is_refused_before_the_first(
+    base, sequence, tmp_path, monkeypatch, wrong, match
+):
+    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: pytest.fail("trained"))
+    rows = [{"input": "word " * (300 if i == 3 else 1), "output": "x", "split": "train"} for i in range(10)]
+    rows += [{"input": f"{i}", "output": "x", "split": "test"} for i in range(6)]
+    long = ivl.Task.from_records(rows, name="long", instruction="x")
+    tasks = [*sequence, long] if "sequence" in wrong else sequence
+    options = {**OPTIONS, "model": base, "methods": ["lora"], "steps": 10, **wrong}
+    options.pop("sequence", None)
+    with pytest.raises((ValueError, TypeError), match=match):
+        run(tasks, folder=tmp_path, **options)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_folder_with_others_files_is_refused_and_names_never_leave_it(base, sequence, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "mine").touch()
+    with pytest.raises(ValueError, match=r"holds lora, but no plan\.json"):
+        run(sequence, folder=tmp_path, **{**OPTIONS, "model": base, "methods": ["lora"]})
+    assert [p.name for p in tmp_path.rglob("*")] == ["lora", "mine"]
+    options = {k: v for k, v in OPTIONS.items() if k != "progress"}
+    up = runner.experiment(
+        sequence, folder=tmp_path, model=base, methods={"../..": "lora", "x" * 300: "ewc"}, **options
+    )
+    for stop in up.stops():
+        assert stop.folder.resolve().is_relative_to(tmp_path.resolve()) and max(map(len, stop.folder.parts)) < 120
+
+
 def test_a_plan_says_what_is_left(done, sequence, tmp_path):
     _, folder, options = done
     nothing = run(sequence, folder=folder, dry_run=True, **options)
@@ -319,7 +369,3 @@ def test_a_wrong_config_is_explained(tmp_path, text, match):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=match):
         read_config(tmp_path / "run.yaml")
-
-
-def test_a_folder_name_is_safe(tmp_path):
-    assert experiments._path("EWC(strength=1/2)") == "EWC_strength_1_2_"

@@ -235,7 +235,7 @@ def test_a_run_finishes_where_the_system_does_not_tell_its_memory(base, task, tm
 def test_nothing_is_cut_off_a_prompt_too_long_is_an_error(base, tmp_path):
     record = {"input": "walk " * 400, "output": "x", "split": "train"}
     long = ivl.Task.from_records([record], name="long", instruction="Copy.")
-    with pytest.raises(ValueError, match=r"task 'long', train split, row 0 .*nothing is ever cut off"):
+    with pytest.raises(ValueError, match=r"\(long, train example 0: 'walk .*nothing is ever cut off"):
         fine_tune(base, long, folder=tmp_path, **OPTIONS)
 
 

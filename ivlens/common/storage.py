@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["read_json", "read_tensors", "write_json", "write_tensors", "write_text"]
+__all__ = ["read_json", "read_tensors", "safe_name", "write_json", "write_tensors", "write_text"]
+
+
+def safe_name(name: str) -> str:
+    """A name as one of a file or folder, wherever it came from: never a path, and no longer than file systems allow.
+
+    Examples
+    --------
+    >>> safe_name("EWC(strength=1/2)"), safe_name("../..")
+    ('EWC_strength_1_2_', '_..')
+    """
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    safe = safe.lstrip(".") or "_"  # nothing hidden, and no way up
+    return safe if len(safe) <= 100 else f"{safe[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,10 +12,12 @@ from typing import Any
 
 import torch
 
-from ivlens.common.storage import read_json, write_json
+from ivlens.common.keys import differences, files_key, key, recorded
+from ivlens.common.storage import read_json, safe_name, write_json
 from ivlens.continual.general import overlapping
 from ivlens.continual.scoring import Scoring
 from ivlens.models.adapters import describe_config
+from ivlens.models.checkpoints import SETTINGS
 from ivlens.models.loading import as_dtype
 from ivlens.tasks.suite import TaskSuite
 from ivlens.tasks.task import Task
@@ -26,6 +27,7 @@ from ivlens.training.run import LOG
 __all__ = ["Experiment", "Stop"]
 
 KIND, PLAN, SCORES = "continual-learning plan", "plan.json", "scores of a stage"
+RESERVED = ("base", "vectors")  # what lies in the folder beside the methods
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Experiment:
             )
         if not self.methods or not self.seeds:
             raise ValueError("no methods or no seeds given; pass at least one of each")
+        if self.training["lora"] is False:
+            raise ValueError(
+                "lora=False trains every weight, and stages go on from each other's adapter; leave lora out or pass a peft config"
+            )
+        as_dtype(self.training["dtype"])
+        for what, names in (("labels", [*RESERVED, *self.methods]), ("tasks", list(self.sequence))):
+            paths = [safe_name(name).lower() for name in names]
+            if same := [name for name, path in zip(names, paths) if paths.count(path) > 1]:
+                raise ValueError(f"{what} {', '.join(map(repr, same))} would share a folder; give them other names")
         for general in self.general.values():
             for trained in self.sequence.values():
                 if shared := overlapping(general, trained):
@@ -105,7 +116,7 @@ class Experiment:
         for label, method in self.methods.items():
             for seed in self.seeds:
                 for number, task in enumerate(self.sequence, start=1):
-                    folder = self.folder / _path(label) / f"seed-{seed}" / f"{number}-{_path(task)}"
+                    folder = self.folder / safe_name(label) / f"seed-{seed}" / f"{number}-{safe_name(task)}"
                     yield Stop(label, method, seed, number, task, folder)
 
     def looks(self) -> Iterator[tuple[str, Task, dict[str, Any]]]:
@@ -121,13 +132,13 @@ class Experiment:
         return as_dtype(self.training["dtype"])
 
     @cached_property
-    def key(self) -> str:
+    def scores_key(self) -> str:
         """What must be the same for kept scores to count."""
-        return _digest(self.scoring, *_contents(self.general, self.sequence), self.training["style"], self.similarity)
+        return key(self.scoring, list(self.looks()), list(self.sequence.values()), self.similarity)
 
     def scores_in(self, folder: Path) -> Path:
         """The file for what is scored of a stage with these settings; others lie beside it."""
-        return folder / f"scores-{self.key}.json"
+        return folder / f"scores-{self.scores_key}.json"
 
     def scores(self, folder: Path) -> dict[str, Any] | None:
         """What was scored of a stage with these settings, if it was."""
@@ -138,34 +149,37 @@ class Experiment:
         write_json(self.scores_in(folder), SCORES, found)
 
     def settle(self) -> None:
-        """Note what this folder's stages are trained with; raise ValueError if they were trained otherwise."""
-        mine = {
-            "model": self.model,
-            "sequence": self.sequence.names,
-            "data": _digest(*_contents(self.sequence)),
-            "training": json.loads(json.dumps(self.training, default=describe_config)),
+        """Note what this folder's stages are trained with; raise ValueError if they were trained otherwise, or aren't ours."""
+        settings = {
+            "model": [self.model, files_key(self.model) if Path(self.model).is_dir() else None],
+            "sequence": list(self.sequence.values()),
+            "training": self.training,
             "heads_per_vector": self.heads_per_vector,
             "vector_shots": self.vector_shots,
         }
-        path = self.folder / PLAN
+        training = {name: describe_config(x) if hasattr(x, "to_dict") else x for name, x in self.training.items()}
+        shown = {
+            "model": self.model,
+            "sequence": self.sequence.names,
+            "training": json.loads(json.dumps(training, default=str)),
+        }
+        mine, path = recorded(settings, shown), self.folder / PLAN
         if path.is_file():
-            known = read_json(path, KIND)
-            if differing := [key for key, value in mine.items() if known.get(key) != value]:
-                what = ", ".join(f"{key}: {known.get(key)!r} there, {mine[key]!r} now" for key in differing)
+            if what := differences(read_json(path, KIND), mine):
                 raise ValueError(
                     f"{self.folder} holds another experiment ({what}); choose another folder or remove that one"
                 )
+        elif foreign := [name for name in (*RESERVED, *map(safe_name, self.methods)) if (self.folder / name).exists()]:
+            raise ValueError(
+                f"{self.folder} holds {', '.join(foreign)}, but no {PLAN} of ivlens; choose another folder"
+            )
         else:
             write_json(path, KIND, mine)
-
-
-def _path(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def _contents(*suites: TaskSuite) -> list[Any]:
-    return [(t.name, t.instructions, t.train, t.valid, t.test) for suite in suites for t in suite.values()]
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        for stop in self.stops():
+            if (stop.folder / SETTINGS).is_file():
+                there = json.loads((stop.folder / SETTINGS).read_text(encoding="utf-8"))
+                if there.get("keys", {}).get("method") != key(stop.method):
+                    raise ValueError(
+                        f"{stop.folder} was trained by {there.get('method')}, and {stop.label!r} is {stop.method!r} now; choose "
+                        "another label or another folder"
+                    )

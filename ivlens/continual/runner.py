@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
 from ivlens.continual.experiment import Experiment, Stop
 from ivlens.continual.results import ContinualResults
 from ivlens.continual.scoring import Scoring, score_task, scored_prompts
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
-from ivlens.models.loading import load_model
+from ivlens.models.loading import load_hf, load_model, tokenizing_backend
 from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
 from ivlens.tasks.task import Task
-from ivlens.training.finetune import fine_tune
+from ivlens.training.finetune import fine_tune, rows_needed, training_rows
 from ivlens.training.methods import Guided, Method, as_method
 from ivlens.training.run import TrainingRun
 from ivlens.vectors.vector import InstructionVector
@@ -137,6 +139,7 @@ def run(
 
         return plan(what)
     what.settle()
+    _check_stages(what)
     vectors: dict[str, InstructionVector] = {}
     if what.similarity or any(isinstance(method, Guided) for method in what.methods.values()):
         from ivlens.continual.vectors import base_vectors
@@ -173,6 +176,20 @@ def collect(
 def _general(general: Any) -> TaskSuite:
     tasks = list(general.values()) if isinstance(general, Mapping) else list(general)
     return TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in tasks])
+
+
+def _check_stages(what: Experiment) -> None:
+    """Raise now what would only be raised in a later stage: training arguments that there aren't, and rows that are too long."""
+    waiting = [(stop.task, stop.seed) for stop in what.stops() if not stop.trained]
+    if not waiting:
+        return
+    own = inspect.signature(experiment).parameters
+    TrainingArguments(str(what.folder), use_cpu=True, **{k: v for k, v in what.training.items() if k not in own})
+    backend = tokenizing_backend(*load_hf(what.model, dtype=what.dtype))
+    n = rows_needed(what.training["steps"], what.training["batch_size"], what.training)
+    look = {name: what.training[name] for name in ("shots", "instruction", "style")}
+    for task, seed in dict.fromkeys(waiting):
+        training_rows(backend, as_suite(what.sequence[task]), n, {**look, "seed": seed})
 
 
 def _train(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ivlens.common.storage import safe_name
 from ivlens.continual.experiment import Experiment
 from ivlens.models.loading import load_model
 from ivlens.patching.heads import locate_heads
@@ -29,9 +30,9 @@ def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, Instruc
     model's accuracy on prompts as they are trained on (our choice). Each is kept in the experiment's folder once it is done.
     """
     folder = experiment.folder / "vectors"
-    if any(not (folder / name / FILE).is_file() for name in experiment.sequence):
+    if any(not (folder / safe_name(name) / FILE).is_file() for name in experiment.sequence):
         _make(experiment, folder, progress)
-    vectors = {name: InstructionVector.load(folder / name) for name in experiment.sequence}
+    vectors = {name: InstructionVector.load(folder / safe_name(name)) for name in experiment.sequence}
     if any(isinstance(method, Guided) for method in experiment.methods.values()):
         _warn_of_weak(vectors)
     return vectors
@@ -47,12 +48,12 @@ def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
     heads = effects.top(experiment.heads_per_vector)
     asked = {key: experiment.training[key] for key in ("shots", "instruction", "style")}
     for name, task in experiment.sequence.items():
-        if (folder / name / FILE).is_file():
+        if (folder / safe_name(name) / FILE).is_file():
             continue
         vector = extract_vector(model, task, heads, n_prompts=30, **look)
         search = tune_injection(model, task, vector, n_prompts=min(20, len(task.valid)), **asked)
         found = {"search": repr(search), "accuracy": search.accuracy.max().item()}
-        replace(search.best, metadata={**vector.metadata, **found}).save(folder / name)
+        replace(search.best, metadata={**vector.metadata, **found}).save(folder / safe_name(name))
 
 
 def _warn_of_weak(vectors: Mapping[str, InstructionVector]) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ivlens.models.backend import Backend
     from ivlens.training.methods import Method
 
-__all__ = ["fine_tune", "training_rows"]
+__all__ = ["fine_tune", "rows_needed", "training_rows"]
 
 
 def fine_tune(
@@ -169,22 +169,8 @@ def training_rows(backend: Backend, suite: TaskSuite, n: int, look: Mapping[str,
     ValueError
         If one is longer than the context; the message names task, split and row.
     """
-    import datasets
-
-    parts = []
-    for task in suite.values():
-        prompts = build_prompts(task, n=-(-n // len(suite)), repeat=True, **look)
-        try:
-            parts.append(answer_dataset(backend, prompts))
-        except ValueError:
-            for prompt in prompts:
-                try:
-                    answer_dataset(backend, [prompt])
-                except ValueError as error:
-                    place = f"task {task.name!r}, train split, row {task.train.index(prompt.query)}"
-                    raise ValueError(f"{place} ({prompt.query.input[:40]!r}): {error}") from error
-            raise
-    return datasets.concatenate_datasets(parts)
+    each = -(-n // len(suite))
+    return answer_dataset(backend, [p for t in suite.values() for p in build_prompts(t, n=each, repeat=True, **look)])
 
 
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
