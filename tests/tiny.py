@@ -142,3 +142,67 @@ def tokens(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
     """Random prompts of these lengths, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 200, (n,), generator=generator) for n in lengths]
+
+
+# -- tasks that a random model gets right -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def answers(model: Any, prompts: list[Any], *, whole: bool, limit: int = 3) -> list[str | None]:
+    """What the model itself answers greedily, so that scores aren't all 0; None where that is no answer of a task's.
+
+    `whole` answers end within so many tokens, and are matched exactly; others are the first token, and match teacher-forced.
+    """
+    from ivlens.models.backends import backend_of
+    from ivlens.running.tokens import tokenize
+
+    backend, found = backend_of(model), []
+    for row in tokenize(backend, [str(prompt.render(backend.tokenizer)) for prompt in prompts]):
+        written: list[int] = []
+        while len(written) < (limit if whole else 1):
+            ids = torch.tensor([[*row.prompt, *written]], device=backend.device)
+            written.append(int(backend.forward(ids, torch.ones_like(ids))[0, -1].argmax()))
+            if written[-1] == backend.tokenizer.eos_token_id:
+                break
+        ended = written[-1] == backend.tokenizer.eos_token_id
+        kept = written[:-1] if ended else written
+        text = backend.tokenizer.decode(kept)
+        good = text.startswith(" ") and text.strip() and text == f" {text.strip()}" and text.isascii()
+        good = good and backend.tokenizer.encode(text, add_special_tokens=False) == kept and "\n" not in text
+        found.append(text.strip() if good and (ended or not whole) else None)
+    return found
+
+
+def ending_model(name: str = "llama") -> Any:
+    """Like `hf_model`, more inclined to end its answers."""
+    model = hf_model(name)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] *= 2
+    return model
+
+
+def answered_task(model: Any, name: str, instruction: str, *, n: int = 40, whole: bool = True, asked: Any = 0) -> Any:
+    """A task of which the model answers about half right, without demonstrations, the instruction `asked` as in `build_prompts`."""
+    inputs = [f"{verb}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789" for verb in VERBS]
+    bare = [{"input": x, "output": "x", "split": "test"} for x in inputs]
+    pool = ivl.Task.from_records(bare, name=name, instruction=instruction)
+    records: list[dict[str, str]] = []
+    for prompt in ivl.build_prompts(pool, instruction=asked, split="test"):
+        (answer,) = answers(model, [prompt], whole=whole)
+        if answer is not None:
+            records += [
+                {"input": prompt.query.input, "output": answer},
+                {"input": f"no{prompt.query.input}", "output": "walk"},
+            ]
+            if len(records) >= n:
+                return ivl.Task.from_records(records, name=name, instruction=instruction)
+    raise AssertionError(f"only {len(records) // 2} answers")
+
+
+def answered(model: Any, task: Any, *, split: str = "test", **look: Any) -> Any:
+    """The task with the model's own first words as the outputs of a split's examples, where it is asked like this."""
+    from dataclasses import replace
+
+    prompts = ivl.build_prompts(task, split=split, **look)
+    own = {p.query: answer for p, answer in zip(prompts, answers(model, prompts, whole=False)) if answer is not None}
+    return replace(task, **{split: tuple(replace(x, output=own.get(x, x.output)) for x in task.split(split))})
