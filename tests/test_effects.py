@@ -61,14 +61,15 @@ def test_pvalue_equals_the_exact_sign_flip_test(effects):
     values = effects.of("a").values[:, 0, 0].tolist()
     flips = [abs(sum(s * v for s, v in zip(signs, values)) / 6) for signs in itertools.product([-1, 1], repeat=6)]
     exact = sum(f >= abs(sum(values) / 6) - 1e-9 for f in flips) / 64
-    assert effects.pvalue("a", n_flips=20_000)[0, 0].item() == pytest.approx(exact, abs=0.015)
-    assert effects.pvalue("a")[1, 2].item() == pytest.approx(2 / 64, abs=0.02), "all six effects positive"
+    assert effects.pvalue("a")[0, 0].item() == pytest.approx(exact)
+    assert effects.pvalue("a", n_flips=63)[0, 0].item() == pytest.approx(exact, abs=0.2), "drawn where all are too many"
+    assert effects.pvalue("a")[1, 2].item() == pytest.approx(2 / 64), "all six effects positive"
 
 
 def test_pvalues_are_even_where_there_is_no_effect():
     values = torch.randn(20, 1, 500, generator=torch.Generator().manual_seed(5))
     p = ivl.HeadEffects(values, torch.zeros(20), ("a",) * 20).pvalue()
-    assert 0.02 <= (p <= 0.05).float().mean() <= 0.09 and p.min() >= 1 / 2001
+    assert 0.02 <= (p <= 0.05).float().mean() <= 0.09 and p.min() >= 1 / 10_001 - 1e-9
 
 
 def test_same_seed_same_statistics_and_global_random_state_left_alone(effects):
@@ -95,16 +96,20 @@ def test_top_refuses_more_heads_than_there_are(effects, k):
 
 def test_dataframe_has_a_row_per_head_strongest_first(effects):
     frame = effects.to_dataframe()
-    assert list(frame.columns) == ["layer", "head", "aie", "stderr", "low", "high", "p"] and len(frame) == 6
+    assert list(frame.columns) == [
+        *("layer", "head", "aie", "stderr", "low", "high", "p", "p_corrected", "stability")
+    ]
+    assert len(frame) == 6
     assert list(zip(frame["layer"], frame["head"])) == effects.top(6)
     assert frame["aie"][0] == pytest.approx(effects.mean()[1, 2].item())
 
 
 def test_saving_and_loading_keeps_everything(effects, tmp_path):
-    effects = ivl.HeadEffects(effects.values, effects.baseline, effects.tasks, "logit", {"shots": 3, "model": "tiny"})
+    about, queries = {"shots": 3, "model": "tiny"}, tuple("abcdefghh")
+    effects = ivl.HeadEffects(effects.values, effects.baseline, effects.tasks, "logit", about, queries)
     again = ivl.HeadEffects.load(effects.save(tmp_path / "deep" / "effects.safetensors"))
     assert torch.equal(again.values, effects.values) and torch.equal(again.baseline, effects.baseline)
-    assert (again.tasks, again.metric, again.metadata) == (effects.tasks, "logit", {"shots": 3, "model": "tiny"})
+    assert (again.tasks, again.metric, again.metadata, again.queries) == (effects.tasks, "logit", about, queries)
     assert list(tmp_path.rglob("*partial*")) == []
 
 

@@ -171,11 +171,11 @@ def test_running_out_of_memory_halves_the_rows_and_gives_the_same_numbers(model,
     backend = type(backend_of(model))
     run_copies, sizes = backend.run_copies, []
 
-    def limited(self, prefix, new_copies, hooks, keep):
+    def limited(self, prefix, masks, new_copies, hooks, keep):
         sizes.append(prefix.tokens.shape[0] * (1 + sum(new_copies)) * prefix.block)
         if sizes[-1] > 20:
             raise torch.OutOfMemoryError("no memory left")
-        return run_copies(self, prefix, new_copies, hooks, keep)
+        return run_copies(self, prefix, masks, new_copies, hooks, keep)
 
     monkeypatch.setattr(backend, "run_copies", limited)
     with pytest.warns(UserWarning, match="out of memory; going on with max_rows=16"):

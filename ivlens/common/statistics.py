@@ -1,18 +1,31 @@
-"""Confidence intervals, paired tests and correlations."""
+"""Confidence intervals, paired tests and correlations. What counts is different queries: of a query asked several times, all values
+are resampled, or flipped, together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["bootstrap_mean", "bootstrap_share", "correlation", "sign_flip", "wilson"]
+__all__ = [
+    "benjamini_hochberg",
+    "bootstrap_mean",
+    "bootstrap_share",
+    "correlation",
+    "resampled_means",
+    "sign_flip",
+    "standard_error",
+    "wilson",
+]
+
+Groups = Sequence[Any]  # arrays [prompt, ...], such as one per task; groups count the same, however many prompts they have
+Queries = Sequence[Sequence[Any]]  # by group: which query each prompt asks; None: each prompt its own
 
 
-def wilson(hits: Sequence[float]) -> tuple[float, float]:
-    """95 % Wilson interval of a proportion.
+def wilson(hits: Sequence[float], queries: Sequence[Any] | None = None) -> tuple[float, float]:
+    """95 % Wilson interval of a proportion, of as many observations as there are different queries.
 
     Examples
     --------
@@ -20,37 +33,108 @@ def wilson(hits: Sequence[float]) -> tuple[float, float]:
     >>> round(low, 3), round(high, 3)
     (0.49, 0.943)
     """
-    n, z = len(hits), 1.959964
-    p = sum(hits) / n
+    n, z = len(hits) if queries is None else len(set(queries)), 1.959964
+    p = sum(hits) / len(hits)
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def bootstrap_mean(groups: Sequence[np.ndarray], *, n_bootstrap: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of the groups' means, resampling within each group."""
+def resampled_means(
+    groups: Groups, queries: Queries | None = None, *, n_bootstrap: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """Mean of the groups' means under resampled queries, [draw, ...]. NaN where a group asks one query only: nothing varies."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    total = np.zeros(n_bootstrap)
-    for values in groups:
-        values = np.asarray(values, float)
-        total += values[rng.integers(len(values), size=(n_bootstrap, len(values)))].mean(axis=1)
-    low, high = np.quantile(total / len(groups), [0.025, 0.975])
-    return float(low), float(high)
+    total: Any = 0.0
+    for sums, sizes in _by_query(groups, queries):
+        n = len(sums)
+        drawn = rng.integers(n, size=(n_bootstrap, n)) + n * np.arange(n_bootstrap)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=n_bootstrap * n).reshape(n_bootstrap, n)
+        means = (counts @ sums.reshape(n, -1) / (counts @ sizes)[:, None]).reshape(n_bootstrap, *sums.shape[1:])
+        total = total + (means if n > 1 else np.full_like(means, np.nan))
+    return total / len(groups)
 
 
-def sign_flip(groups: Sequence[np.ndarray], *, n_flips: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of the mean of the groups' means against zero: signs of paired differences flipped at random."""
+def bootstrap_mean(
+    groups: Groups, queries: Queries | None = None, *, level: float = 0.95, n_bootstrap: int = 2000, seed: int = 0
+) -> tuple[Any, Any]:
+    """Percentile bootstrap interval of the mean of the groups' means, resampling queries within each group."""
     import numpy as np
 
-    rng = np.random.default_rng(seed)
-    found, flipped = 0.0, np.zeros(n_flips)
-    for values in groups:
+    draws = resampled_means(groups, queries, n_bootstrap=n_bootstrap, seed=seed)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return (float(low), float(high)) if draws.ndim == 1 else (low, high)
+
+
+def standard_error(groups: Groups, queries: Queries | None = None) -> np.ndarray:
+    """Of the mean of the groups' means, groups taken as fixed; NaN where a group asks one query only."""
+    import numpy as np
+
+    variance: Any = 0.0
+    for sums, sizes in _by_query(groups, queries):
+        n, size = len(sums), sizes.sum()
+        apart = sums - sizes.reshape(-1, *[1] * (sums.ndim - 1)) * sums.sum(0) / size
+        variance = variance + ((apart**2).sum(0) * n / (n - 1) / size**2 if n > 1 else np.full(sums.shape[1:], np.nan))
+    return np.sqrt(variance) / len(groups)
+
+
+def sign_flip(groups: Groups, queries: Queries | None = None, *, n_flips: int = 10_000, seed: int = 0) -> Any:
+    """Two-sided p-value of the mean of the groups' means against zero: signs of paired differences flipped, query by query.
+
+    All flips where there are no more than `n_flips` of them: exact. Else as many at random, and 1 / (n_flips + 1) is the least.
+    """
+    import numpy as np
+
+    parts = [sums / sizes.sum() / len(groups) for sums, sizes in _by_query(groups, queries)]
+    weighted = np.concatenate(parts).reshape(sum(map(len, parts)), -1)
+    n, rng = len(weighted), np.random.default_rng(seed)
+    exact = 2**n <= n_flips
+    found = np.abs(weighted.sum(0))
+    least = found - 1e-12 * np.abs(weighted).sum(0)  # equal but for the order of summing, whatever the unit
+    extreme, n_flips = np.zeros(weighted.shape[1]), 2**n if exact else n_flips
+    for start in range(0, n_flips, 1000):
+        rows = np.arange(start, min(start + 1000, n_flips))
+        ones = (rows[:, None] >> np.arange(n)) & 1 if exact else rng.integers(2, size=(len(rows), n))
+        extreme += (np.abs((2.0 * ones - 1) @ weighted) >= least).sum(0)
+    p = extreme / n_flips if exact else (extreme + 1) / (n_flips + 1)
+    shape = parts[0].shape[1:]
+    return p.reshape(shape) if shape else float(p[0])
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """p-values corrected for their number: calling all below α found, a share α of these at most is expected to be false
+    (Benjamini and Hochberg 1995; of tests that are independent or positively dependent).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> benjamini_hochberg(np.array([0.01, 0.04, 0.03])).round(3).tolist()
+    [0.03, 0.04, 0.04]
+    """
+    import numpy as np
+
+    flat = np.ravel(p)
+    order = np.argsort(flat)[::-1]
+    corrected = np.empty_like(flat)
+    corrected[order] = np.minimum.accumulate(flat[order] * len(flat) / np.arange(len(flat), 0, -1))
+    return corrected.reshape(np.shape(p))
+
+
+def _by_query(groups: Groups, queries: Queries | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each group's sums per query, [query, ...], and how often each was asked."""
+    import numpy as np
+
+    for i, values in enumerate(groups):
         values = np.asarray(values, float)
-        found += values.mean()
-        flipped += (rng.integers(2, size=(n_flips, len(values))) * 2 - 1) @ values / len(values)
-    return float(((np.abs(flipped) >= abs(found) - 1e-12).sum() + 1) / (n_flips + 1))
+        asked = list(range(len(values)) if queries is None else queries[i])
+        place = {query: k for k, query in enumerate(dict.fromkeys(asked))}
+        sums, sizes = np.zeros((len(place), *values.shape[1:])), np.zeros(len(place))
+        at = [place[query] for query in asked]
+        np.add.at(sums, at, values)
+        np.add.at(sizes, at, 1)
+        yield sums, sizes
 
 
 def correlation(
@@ -102,25 +186,20 @@ def correlation(
 
 
 def bootstrap_share(
-    groups: Sequence[np.ndarray], *, n_bootstrap: int = 2000, seed: int = 0
+    groups: Groups, queries: Queries | None = None, *, n_bootstrap: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Summed gains over summed losses, with its 95 % percentile bootstrap interval, resampling rows within each group.
+    """Summed gains over summed losses, with its 95 % percentile bootstrap interval, resampling queries within each group.
 
     A group has a row per prompt: before, after, and restored. Gain: mean restored − mean after; loss: mean before − mean after.
     No interval (NaN) where the loss itself isn't certain: where more than 2.5 % of the resamples lost nothing.
     """
     import numpy as np
 
-    rng = np.random.default_rng(seed)
-    found, gains, losses = np.zeros(2), np.zeros(n_bootstrap), np.zeros(n_bootstrap)
-    for rows in groups:
-        means = rows.mean(axis=0)
-        found += means[2] - means[1], means[0] - means[1]
-        drawn = rows[rng.integers(len(rows), size=(n_bootstrap, len(rows)))].mean(axis=1)
-        gains += drawn[:, 2] - drawn[:, 1]
-        losses += drawn[:, 0] - drawn[:, 1]
-    share = float(found[0] / found[1]) if found[1] else float("nan")
-    if (losses <= 0).mean() > 0.025:
+    before, after, restored = sum(np.asarray(rows).mean(axis=0) for rows in groups)
+    share = float((restored - after) / (before - after)) if before != after else float("nan")
+    draws = resampled_means(groups, queries, n_bootstrap=n_bootstrap, seed=seed)
+    gains, losses = draws[:, 2] - draws[:, 1], draws[:, 0] - draws[:, 1]
+    if (losses > 0).mean() < 0.975:
         return share, float("nan"), float("nan")
     low, high = np.quantile(gains[losses > 0] / losses[losses > 0], [0.025, 0.975])
     return share, float(low), float(high)

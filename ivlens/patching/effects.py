@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens.common.statistics import benjamini_hochberg, bootstrap_mean, resampled_means, sign_flip, standard_error
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.head import Head
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import plotly.graph_objects as go
 
@@ -34,6 +37,8 @@ class HeadEffects:
         The metric on the unpatched counterfactual prompts, [prompt].
     tasks
         Task of each prompt.
+    queries
+        What each prompt asks: prompts of one query count once in every statistic. Empty: each prompt is its own.
     """
 
     values: Float[Tensor, "prompt layer head"]
@@ -41,8 +46,11 @@ class HeadEffects:
     tasks: tuple[str, ...]
     metric: str = "probability"
     metadata: dict[str, Any] = field(default_factory=dict)
+    queries: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.queries and len(self.queries) != len(self.values):
+            raise ValueError(f"{len(self.values)} effects and {len(self.queries)} queries don't match")
         if not len(self.values) == len(self.baseline) == len(self.tasks):
             raise ValueError(
                 f"{len(self.values)} effects, {len(self.baseline)} baselines and {len(self.tasks)} task names don't match"
@@ -57,7 +65,9 @@ class HeadEffects:
         if task not in self.tasks:
             raise KeyError(f"no effects of task {task!r}; there are {', '.join(self.task_names)}")
         rows = [i for i, name in enumerate(self.tasks) if name == task]
-        return HeadEffects(self.values[rows], self.baseline[rows], (task,) * len(rows), self.metric, self.metadata)
+        queries = tuple(self.queries[i] for i in rows) if self.queries else ()
+        some = {"values": self.values[rows], "baseline": self.baseline[rows], "queries": queries}
+        return replace(self, tasks=(task,) * len(rows), **some)
 
     # -- statistics -------------------------------------------------------------------------------------------------
     def mean(self, task: str | None = None) -> Float[Tensor, "layer head"]:
@@ -66,45 +76,52 @@ class HeadEffects:
             return self.of(task).values.mean(0)
         return torch.stack([self.of(name).values.mean(0) for name in self.task_names]).mean(0)
 
+    def n_queries(self, task: str | None = None) -> int:
+        """Different queries behind the effects: what the statistics below are over."""
+        return sum(len(set(queries)) for queries in self._groups(task)[1])
+
     def stderr(self, task: str | None = None) -> Float[Tensor, "layer head"]:
-        """Standard error of the mean over prompts (tasks taken as fixed)."""
-        if task is not None:
-            values = self.of(task).values
-            return values.std(0) / len(values) ** 0.5
-        each = torch.stack([self.stderr(name) for name in self.task_names])
-        return each.square().sum(0).sqrt() / len(each)
+        """Standard error of the mean over queries (tasks taken as fixed). NaN, with a warning, where a task has one query only."""
+        groups = self._groups(task)
+        if any(len(set(queries)) < 2 for queries in groups[1]):
+            warnings.warn("a task with one query has no standard error and no interval; use n_prompts >= 2", stacklevel=2)
+        return torch.from_numpy(standard_error(*groups)).float()
 
     def interval(
         self, task: str | None = None, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0
     ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-        """Percentile bootstrap interval of the mean, resampling prompts within each task."""
-        generator = torch.Generator().manual_seed(seed)
-        names = self.task_names if task is None else [task]
-        means = torch.zeros(n_bootstrap, *self.values.shape[1:])
-        for name in names:
-            values = self.of(name).values
-            n = len(values)
-            draws = torch.randint(n, (n_bootstrap, n), generator=generator)
-            counts = torch.zeros(n_bootstrap, n).scatter_add_(1, draws, torch.ones(n_bootstrap, n))
-            means += (counts @ values.float().flatten(1) / n).unflatten(1, values.shape[1:]) / len(names)
-        tail = (1 - level) / 2
-        low, high = torch.quantile(means, torch.tensor([tail, 1 - tail]), dim=0)
-        return low, high
+        """Percentile bootstrap interval of the mean, resampling queries within each task."""
+        ends = bootstrap_mean(*self._groups(task), level=level, n_bootstrap=n_bootstrap, seed=seed)
+        return tuple(torch.from_numpy(end).float() for end in ends)
 
-    def pvalue(self, task: str | None = None, *, n_flips: int = 2000, seed: int = 0) -> Float[Tensor, "layer head"]:
-        """Two-sided p-value of the mean against zero: effects' signs flipped at random, prompt by prompt.
+    def pvalue(
+        self, task: str | None = None, *, corrected: bool = False, n_flips: int = 10_000, seed: int = 0
+    ) -> Float[Tensor, "layer head"]:
+        """Two-sided p-value of the mean against zero: effects' signs flipped query by query, all flips where there are few.
 
-        Not corrected for the number of heads; the smallest value it can give is 1 / (n_flips + 1).
+        Parameters
+        ----------
+        corrected
+            For the number of heads, by Benjamini and Hochberg: of the heads with p ≤ α, a share α is expected to have no effect.
         """
-        generator = torch.Generator().manual_seed(seed)
-        names = self.task_names if task is None else [task]
-        flipped = torch.zeros(n_flips, *self.values.shape[1:])
-        for name in names:
-            values = self.of(name).values
-            signs = torch.randint(2, (n_flips, len(values)), generator=generator).float() * 2 - 1
-            flipped += (signs @ values.float().flatten(1) / len(values)).unflatten(1, values.shape[1:]) / len(names)
-        extreme = flipped.abs() >= self.mean(task).float().abs() - 1e-12
-        return (extreme.sum(0) + 1) / (n_flips + 1)
+        p = sign_flip(*self._groups(task), n_flips=n_flips, seed=seed)
+        return torch.from_numpy(benjamini_hochberg(p) if corrected else p).float()
+
+    def stability(
+        self, k: int = 10, task: str | None = None, *, n_bootstrap: int = 1000, seed: int = 0
+    ) -> Float[Tensor, "layer head"]:
+        """How often each head is among the k strongest when queries are resampled, 0 to 1; its mean over `top(k)` is the share of
+        the top k that resampling keeps. NaN where a task has one query only."""
+        means = torch.from_numpy(resampled_means(*self._groups(task), n_bootstrap=n_bootstrap, seed=seed))
+        if means.isnan().any():
+            return torch.full(means.shape[1:], torch.nan)
+        chosen = means.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :k]
+        return (chosen.flatten().bincount(minlength=means[0].numel()) / n_bootstrap).view(means.shape[1:])
+
+    def _groups(self, task: str | None) -> tuple[list[np.ndarray], list[tuple[str, ...] | range]]:
+        """Effects and queries, task by task."""
+        parts = [self.of(name) for name in (self.task_names if task is None else [task])]
+        return [x.values.double().numpy() for x in parts], [x.queries or range(len(x.values)) for x in parts]
 
     def top(self, k: int = 10, task: str | None = None) -> list[Head]:
         """The k heads with the highest average indirect effect: the instruction heads S, strongest first.
@@ -119,7 +136,8 @@ class HeadEffects:
 
     # -- looking at it, keeping it ----------------------------------------------------------------------------------
     def to_dataframe(self, task: str | None = None) -> pd.DataFrame:
-        """One row per head, strongest first: mean, standard error, 95 % interval, p-value."""
+        """One row per head, strongest first: mean, standard error, 95 % interval, p-value, the same corrected for the number of
+        heads (Benjamini and Hochberg), and `stability` among the ten strongest."""
         import pandas as pd
 
         low, high = self.interval(task)
@@ -129,6 +147,8 @@ class HeadEffects:
             "low": low,
             "high": high,
             "p": self.pvalue(task),
+            "p_corrected": self.pvalue(task, corrected=True),
+            "stability": self.stability(task=task),
         }
         n_heads = self.values.shape[2]
         frame = pd.DataFrame({name: x.flatten().tolist() for name, x in columns.items()})
@@ -144,14 +164,17 @@ class HeadEffects:
 
     def save(self, path: str | Path) -> Path:
         """Save to one `.safetensors` file."""
-        about = {"kind": KIND, "tasks": list(self.tasks), "metric": self.metric, "metadata": self.metadata}
+        names = {"tasks": list(self.tasks), "queries": list(self.queries)}
+        about = {"kind": KIND, **names, "metric": self.metric, "metadata": self.metadata}
         return write_tensors(path, {"values": self.values, "baseline": self.baseline}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> HeadEffects:
         """Load what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
-        return cls(tensors["values"], tensors["baseline"], tuple(about["tasks"]), about["metric"], about["metadata"])
+        queries = tuple(about.get("queries", ()))  # not in files of version 0.1
+        rest = about["metric"], about["metadata"], queries
+        return cls(tensors["values"], tensors["baseline"], tuple(about["tasks"]), *rest)
 
     def __repr__(self) -> str:
         n, layers, heads = self.values.shape
@@ -159,7 +182,11 @@ class HeadEffects:
         best = ", ".join(f"{h} {mean[h]:+.3f}" for h in self.top(min(5, mean.numel())))
         tasks = self.task_names
         what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-        return f"HeadEffects({what}, {n} prompts, {layers} layers × {heads} heads, {self.metric}; strongest: {best})"
+        n = f"{n} prompts" if self.n_queries() == n else f"{n} prompts of {self.n_queries()} queries"
+        stable, few = self.stability(), self.top(min(10, mean.numel()))
+        kept = sum(stable[head].item() for head in few) / len(few)
+        best += f"; resampled, {kept:.0%} of the top {len(few)} stay" if kept == kept else ""
+        return f"HeadEffects({what}, {n}, {layers} layers × {heads} heads, {self.metric}; strongest: {best})"
 
     def _repr_html_(self) -> str:
         import html
