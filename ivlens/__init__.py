@@ -19,7 +19,7 @@ _HOME = {
     "load_tasks": "ivlens.tasks.suite",
     "Prompt": "ivlens.tasks.prompts",
     "build_prompts": "ivlens.tasks.prompts",
-    "locate_heads": "ivlens.patching.heads",
+    "locate_heads": "ivlens.patching.locating",
     "HeadEffects": "ivlens.patching.effects",
     "Head": "ivlens.models.head",
     "extract_vector": "ivlens.vectors.extraction",

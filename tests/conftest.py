@@ -17,6 +17,7 @@ CHECKED = (
     "running.scores",
     "running.decoding",
     "patching.heads",
+    "patching.locating",
     "patching.residual",
     "vectors.extraction",
 )

@@ -96,9 +96,7 @@ def test_top_refuses_more_heads_than_there_are(effects, k):
 
 def test_dataframe_has_a_row_per_head_strongest_first(effects):
     frame = effects.to_dataframe()
-    assert list(frame.columns) == [
-        *("layer", "head", "aie", "stderr", "low", "high", "p", "p_corrected", "stability")
-    ]
+    assert list(frame.columns) == [*("layer", "head", "aie", "stderr", "low", "high", "p", "p_corrected", "stability")]
     assert len(frame) == 6
     assert list(zip(frame["layer"], frame["head"])) == effects.top(6)
     assert frame["aie"][0] == pytest.approx(effects.mean()[1, 2].item())

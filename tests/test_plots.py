@@ -45,7 +45,14 @@ def vector(name: str = "antonym", seed: int = 0) -> InstructionVector:
 def evaluation(tasks=("antonym", "present_past"), n: int = 10) -> Evaluation:
     rates = {"no vector": 0.0, "vector": 0.8, "random vector": 0.1, "other task": 0.2, "10 demonstrations": 1.0}
     rows = [
-        {"task": task, "condition": condition, "prompt": i, "first_token": float(i < rate * n), "probability": rate / 2}
+        {
+            "task": task,
+            "condition": condition,
+            "prompt": i,
+            "input": str(i),
+            "first_token": float(i < rate * n),
+            "probability": rate / 2,
+        }
         for task in tasks
         for condition, rate in rates.items()
         for i in range(n)
@@ -137,7 +144,7 @@ def test_sizes_suit_a_slide(shape, kind):
 def test_effects_of_zero_and_of_a_single_prompt():
     zero = HeadEffects(torch.zeros(3, 2, 2), torch.zeros(3), ("a",) * 3)
     assert plot_effects(zero).data[0].zmax == 1
-    with pytest.warns(UserWarning, match="degrees of freedom"):
+    with pytest.warns(UserWarning, match="one query has no standard error"):
         figure = plot_effects(HeadEffects(torch.ones(1, 2, 2), torch.zeros(1), ("a",)))
     check(figure)
     assert figure.data[0].hovertext[0][0] == "L0H0  +1.000"

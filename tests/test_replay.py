@@ -8,7 +8,8 @@ import torch
 import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.patching import head_effects
-from ivlens.running.replay import Sites, Sweep
+from ivlens.running.replay import Sweep
+from ivlens.running.sites import Sites
 from ivlens.running.tokens import tokenize
 from tests import tiny
 

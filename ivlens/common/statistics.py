@@ -3,6 +3,7 @@ are resampled, or flipped, together."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ __all__ = [
     "wilson",
 ]
 
-Groups = Sequence[Any]  # arrays [prompt, ...], such as one per task; groups count the same, however many prompts they have
+Groups = Sequence[
+    Any
+]  # arrays [prompt, ...], such as one per task; groups count the same, however many prompts they have
 Queries = Sequence[Sequence[Any]]  # by group: which query each prompt asks; None: each prompt its own
 
 
@@ -69,12 +72,14 @@ def bootstrap_mean(
 
 
 def standard_error(groups: Groups, queries: Queries | None = None) -> np.ndarray:
-    """Of the mean of the groups' means, groups taken as fixed; NaN where a group asks one query only."""
+    """Of the mean of the groups' means, groups taken as fixed; NaN, with a warning, where a group asks one query only."""
     import numpy as np
 
     variance: Any = 0.0
     for sums, sizes in _by_query(groups, queries):
         n, size = len(sums), sizes.sum()
+        if n < 2:
+            warnings.warn("one query has no standard error and no interval; use n_prompts >= 2", stacklevel=3)
         apart = sums - sizes.reshape(-1, *[1] * (sums.ndim - 1)) * sums.sum(0) / size
         variance = variance + ((apart**2).sum(0) * n / (n - 1) / size**2 if n > 1 else np.full(sums.shape[1:], np.nan))
     return np.sqrt(variance) / len(groups)

@@ -11,7 +11,7 @@ from typing import Any
 from ivlens.common.storage import safe_name
 from ivlens.continual.experiment import Experiment
 from ivlens.models.loading import load_model
-from ivlens.patching.heads import locate_heads
+from ivlens.patching.locating import locate_heads
 from ivlens.steering.tuning import tune_injection
 from ivlens.training.methods import Guided
 from ivlens.vectors.extraction import extract_vector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,15 @@ class Change:
     skipped: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for s in self.snapshots:
+            for task in self.task_names:
+                if len(s.accuracy[task]) != len(self.asked(task)):
+                    raise ValueError(
+                        f"{s.label!r} answered {len(s.accuracy[task])} prompts of task {task!r}, {self.base.label!r} "
+                        f"{len(self.asked(task))}; track them on the same prompts"
+                    )
+
     @property
     def base(self) -> Snapshot:
         return self.snapshots[0]
@@ -41,6 +51,10 @@ class Change:
     @property
     def task_names(self) -> list[str]:
         return self.base.task_names
+
+    def asked(self, task: str) -> Sequence[Any]:
+        """What each answered prompt asks, the same at every checkpoint."""
+        return self.metadata.get("queries", {}).get(task, range(len(self.base.accuracy[task])))
 
     # -- similarities -----------------------------------------------------------------------------------------------
     def similarity(self) -> pd.DataFrame:
@@ -110,7 +124,7 @@ class Change:
         for s in self.snapshots:
             for task in self.task_names:
                 hits = s.accuracy[task].tolist()
-                low, high = wilson(hits)
+                low, high = wilson(hits, self.asked(task))
                 here = overlap.loc[(s.label, task)] if (s.label, task) in overlap.index else None
                 rows.append(
                     {
@@ -120,7 +134,7 @@ class Change:
                         "accuracy": sum(hits) / len(hits),
                         "low": low,
                         "high": high,
-                        "n": len(hits),
+                        "n": len(set(self.asked(task))),
                         "log_probability": s.log_probability[task].mean().item(),
                         "iv_similarity": similarity.loc[s.label, task],
                         "hidden_similarity": s.hidden[task].mean().item(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,10 @@ class AnswerProbabilities:
         """Mean log-probability per answer token."""
         return getattr(self, kind)[task] / self.tokens[task][:, KINDS.index(kind)]
 
+    def _asked(self, task: str) -> Sequence[Any]:
+        """What each prompt asks."""
+        return self.metadata.get("queries", {}).get(task, range(len(self.knowledge[task])))
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task and kind: mean sequence probability and mean log-probability per token, 95 % bootstrap intervals."""
         import pandas as pd
@@ -65,9 +70,10 @@ class AnswerProbabilities:
         for task in self.task_names:
             for kind in KINDS:
                 chance = getattr(self, kind)[task].exp().numpy()
-                low, high = bootstrap_mean([chance])
+                asked = self._asked(task)
+                low, high = bootstrap_mean([chance], [asked])
                 row = {"task": task, "kind": kind, "probability": float(chance.mean()), "low": low, "high": high}
-                rows.append({**row, "log_probability": self.per_token(kind, task).mean().item(), "n": len(chance)})
+                rows.append({**row, "log_probability": self.per_token(kind, task).mean().item(), "n": len(set(asked))})
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
@@ -123,11 +129,12 @@ def answer_probabilities(
     """
     suite, backend = as_suite(tasks), backend_of(model)
     found: dict[str, dict[str, Tensor]] = {"knowledge": {}, "instruction": {}, "tokens": {}}
+    queries: dict[str, list[str]] = {}
     options: dict[str, Any] = {"instruction": instruction, "style": style, "split": split, "seed": seed}
     with tqdm(total=2 * len(suite), desc="answer probabilities", disable=not progress) as bar:
         for task in suite.values():
             prompts = build_prompts(task, n=n_prompts, shots=shots, **options)
-            lengths = []
+            queries[task.name], lengths = [prompt.query.input for prompt in prompts], []
             for kind, asked in (("knowledge", [_plain(p) for p in prompts]), ("instruction", prompts)):
                 bar.set_postfix_str(f"{task.name}, {kind}")
                 rows = tokenize(backend, asked)
@@ -135,7 +142,7 @@ def answer_probabilities(
                 lengths.append(torch.tensor([len(row.answer) for row in rows]))
                 bar.update()
             found["tokens"][task.name] = torch.stack(lengths, dim=1)
-    return AnswerProbabilities(**found, metadata={"model": backend.name, "shots": shots, **options})
+    return AnswerProbabilities(**found, metadata={"model": backend.name, "shots": shots, **options, "queries": queries})
 
 
 def _plain(prompt: Prompt) -> Prompt:
@@ -152,7 +159,7 @@ def _plain(prompt: Prompt) -> Prompt:
 def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilities, *, seed: int = 0) -> pd.DataFrame:
     """How far each kind fell, and whether instruction fell further than knowledge: one row per task, and all together.
 
-    Falls are of the mean log-probability per token (nats), prompt by prompt on the same prompts; `p` is two-sided from
+    Falls are of the mean log-probability per token (nats), prompt by prompt, paired by what they ask; `p` is two-sided from
     flipping the signs of the paired differences (instruction's fall − knowledge's fall) at random. `*_ratio` is the mean
     sequence probability after over before. Our choice.
     """
@@ -160,23 +167,50 @@ def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilitie
 
     if before.task_names != after.task_names:
         raise ValueError("before and after cover different tasks; measure both on the same ones")
+    recorded = all("queries" in found.metadata for found in (before, after))
+    if not recorded:
+        warnings.warn("what was asked isn't on record (version 0.1): prompts are paired in their order", stacklevel=2)
+    elif (one := _look(before)) != (two := _look(after)):
+        raise ValueError(f"before was asked with {one}, after with {two}; measure both alike")
+    pairs = {task: _pairs(before, after, task, recorded) for task in before.task_names}
+    asked = {t: [before._asked(t)[i] for i in pairs[t][0]] for t in pairs}
     falls = {
-        kind: {t: (before.per_token(kind, t) - after.per_token(kind, t)).numpy() for t in before.task_names}
+        kind: {t: (before.per_token(kind, t)[i] - after.per_token(kind, t)[j]).numpy() for t, (i, j) in pairs.items()}
         for kind in KINDS
     }
     rows = []
     for name in [*before.task_names, "all tasks"]:
         tasks = before.task_names if name == "all tasks" else [name]
+        queries = [asked[t] for t in tasks]
         row: dict[str, Any] = {"task": name}
         for kind in KINDS:
             values = [falls[kind][t] for t in tasks]
-            low, high = bootstrap_mean(values, seed=seed)
+            low, high = bootstrap_mean(values, queries, seed=seed)
             mean = sum(v.mean() for v in values) / len(values)
             chances = [[x[t].exp().mean().item() for t in tasks] for x in (getattr(before, kind), getattr(after, kind))]
             row |= {f"{kind}_fall": mean, f"{kind}_low": low, f"{kind}_high": high}
             row[f"{kind}_ratio"] = sum(chances[1]) / sum(chances[0])
         extra = [falls["instruction"][t] - falls["knowledge"][t] for t in tasks]
-        low, high = bootstrap_mean(extra, seed=seed)
+        low, high = bootstrap_mean(extra, queries, seed=seed)
         row |= {"difference": sum(v.mean() for v in extra) / len(extra), "low": low, "high": high}
-        rows.append({**row, "p": sign_flip(extra, seed=seed), "n": sum(map(len, extra))})
+        n = sum(len(set(x)) for x in queries)
+        rows.append({**row, "p": sign_flip(extra, queries, seed=seed), "n": n})
     return pd.DataFrame(rows)
+
+
+def _look(found: AnswerProbabilities) -> dict[str, Any]:
+    """What else makes the prompts; the seed where something is drawn."""
+    about = found.metadata
+    drawn = ("seed",) if about["shots"] or about["instruction"] is True else ()
+    return {option: about[option] for option in ("shots", "instruction", "style", *drawn)}
+
+
+def _pairs(
+    before: AnswerProbabilities, after: AnswerProbabilities, task: str, recorded: bool
+) -> tuple[list[int], list[int]]:
+    """Where both asked the same, repeated queries in their order."""
+    asked = [found._asked(task) if recorded else range(len(found.knowledge[task])) for found in (before, after)]
+    if sorted(asked[0]) != sorted(asked[1]):
+        raise ValueError(f"before and after asked different prompts of task {task!r}; measure both on the same ones")
+    one, two = (sorted(range(len(x)), key=x.__getitem__) for x in asked)
+    return one, two

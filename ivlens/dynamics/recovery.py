@@ -35,7 +35,7 @@ class Recovery:
     Attributes
     ----------
     scores
-        One row per checkpoint, task, condition and prompt: `hit`.
+        One row per checkpoint, task, condition and prompt: `hit`, and `query`, what the prompt asks.
     choices
         One row per checkpoint, task and condition that had something to choose: `layer` and `scale`, from the validation
         split, and the accuracy there; and of the conditions `before` and `after`, with nothing injected.
@@ -44,6 +44,10 @@ class Recovery:
     scores: pd.DataFrame
     choices: pd.DataFrame
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if "query" not in self.scores:  # as in files of version 0.1: each prompt is its own
+            object.__setattr__(self, "scores", self.scores.assign(query=self.scores["prompt"]))
 
     @property
     def conditions(self) -> list[str]:
@@ -63,8 +67,9 @@ class Recovery:
         lost, rows = set(self.lost()), []
         for (checkpoint, task), part in self.scores.groupby(["checkpoint", "task"], sort=False):
             means = part.groupby("condition")["hit"].mean()
-            for condition, hits in part.groupby("condition", sort=False)["hit"]:
-                low, high = wilson(hits.tolist())
+            for condition, rows_of in part.groupby("condition", sort=False):
+                hits, asked = rows_of["hit"], rows_of["query"]
+                low, high = wilson(hits.tolist(), asked.tolist())
                 row = {"checkpoint": checkpoint, "task": task, "condition": condition, "accuracy": hits.mean()}
                 loss = means[BEFORE] - means[AFTER]
                 share = (means[condition] - means[AFTER]) / loss if loss > 0 and condition not in _ENDS else None
@@ -73,7 +78,7 @@ class Recovery:
                         **row,
                         "low": low,
                         "high": high,
-                        "n": len(hits),
+                        "n": asked.nunique(),
                         "share": share,
                         "lost": (checkpoint, task) in lost,
                     }
@@ -94,13 +99,13 @@ class Recovery:
             if condition in _ENDS or not len(pairs):
                 continue
             known = pairs[[BEFORE, AFTER, condition]].dropna()
-            groups = _by_prompt(known)
-            share, low, high = bootstrap_share(groups, seed=seed)
+            groups, asked = _by_prompt(known)
+            share, low, high = bootstrap_share(groups, asked, seed=seed)
             n_pairs = known.groupby(level=[0, 1]).ngroups
             before, after, restored = sum(group.mean(axis=0) for group in groups) / n_pairs
             row = {"condition": condition, "share": share, "low": low, "high": high}
             row |= {"gain": restored - after, "loss": before - after}
-            rows.append({**row, "pairs": n_pairs, "n": sum(map(len, groups))})
+            rows.append({**row, "pairs": n_pairs, "n": sum(len(set(x)) for x in asked)})
         columns = ["condition", "share", "low", "high", "gain", "loss", "pairs", "n"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -115,8 +120,8 @@ class Recovery:
                 continue
             known = self._hits()[[BEFORE_STEERED, condition]].dropna()
             known.insert(1, "nothing", 0.0)  # a share of the way from nothing to the base model with the vector
-            groups = _by_prompt(known)
-            ratio, low, high = bootstrap_share(groups, seed=seed)
+            groups, asked = _by_prompt(known)
+            ratio, low, high = bootstrap_share(groups, asked, seed=seed)
             n_pairs = known.groupby(level=[0, 1]).ngroups
             before, _, after = sum(group.mean(axis=0) for group in groups) / n_pairs
             row = {
@@ -127,12 +132,12 @@ class Recovery:
                 "base": before,
                 "fine-tuned": after,
             }
-            rows.append({**row, "pairs": n_pairs, "n": sum(map(len, groups))})
+            rows.append({**row, "pairs": n_pairs, "n": sum(len(set(x)) for x in asked)})
         return pd.DataFrame(rows)
 
     def _hits(self) -> pd.DataFrame:
         """Conditions as columns, one row per checkpoint, task and prompt."""
-        return self.scores.pivot(index=["checkpoint", "task", "prompt"], columns="condition", values="hit")
+        return self.scores.pivot(index=["checkpoint", "task", "prompt", "query"], columns="condition", values="hit")
 
     def plot(self, checkpoint: str | None = None) -> go.Figure:
         """Bars per task, every condition with its interval; mean over checkpoints unless one is named."""
@@ -167,6 +172,7 @@ class Recovery:
         return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().round(3).to_html(index=False)
 
 
-def _by_prompt(hits: pd.DataFrame) -> list[np.ndarray]:
-    """One array per task, a row per prompt: hits summed over checkpoints, which are answers to the same prompt."""
-    return [part.groupby(level="prompt").sum().to_numpy(float) for _, part in hits.groupby(level="task")]
+def _by_prompt(hits: pd.DataFrame) -> tuple[list[np.ndarray], list[list[Any]]]:
+    """One array per task, a row per prompt: hits summed over checkpoints, which are answers to the same prompt; and what they ask."""
+    parts = [part.groupby(level=["prompt", "query"]).sum() for _, part in hits.groupby(level="task")]
+    return [x.to_numpy(float) for x in parts], [x.index.get_level_values("query").tolist() for x in parts]

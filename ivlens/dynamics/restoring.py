@@ -89,6 +89,8 @@ def recover(
             vector.check_model(hooked)
         layers = [backend.check_layer(x) for x in (range(1, backend.n_layers, 3) if layers is None else layers)]
         prompts = {task.name: _prompts(backend, task, n_valid, n_prompts, look) for task in suite.values()}
+    again = {task.name: build_prompts(task, n=n_prompts, split="test", repeat=True, **look) for task in suite.values()}
+    asked = {name: [prompt.query.input for prompt in each] for name, each in again.items()}
     tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
     rows: list[dict[str, Any]] = []
     choices: list[dict[str, Any]] = []
@@ -106,7 +108,7 @@ def recover(
                     lambda c=checkpoint, task=task, states=before: _after(c, prompts[task], tries, task, states),
                 )
                 for source, label in ((before, checkpoint.label), (found, checkpoint.label)):
-                    _tell(source, label, task, rows, choices)
+                    _tell(source, label, task, asked[task], rows, choices)
                 bar.update()
     metadata = {"model": backend.name, "skipped": skipped, "layers": list(layers), "scales": list(scales), **look}
     result = Recovery(pd.DataFrame(rows), pd.DataFrame(choices), metadata)
@@ -218,11 +220,18 @@ def _choose(
     return chosen, baseline.mean().item()
 
 
-def _tell(found: Found, label: str, task: str, rows: list[dict[str, Any]], choices: list[dict[str, Any]]) -> None:
+def _tell(
+    found: Found,
+    label: str,
+    task: str,
+    asked: Sequence[str],
+    rows: list[dict[str, Any]],
+    choices: list[dict[str, Any]],
+) -> None:
     for condition, hits in found["hits"].items():
         rows += [
-            {"checkpoint": label, "task": task, "condition": condition, "prompt": i, "hit": hit}
-            for i, hit in enumerate(hits.tolist())
+            {"checkpoint": label, "task": task, "condition": condition, "prompt": i, "query": query, "hit": hit}
+            for i, (query, hit) in enumerate(zip(asked, hits.tolist()))
         ]
     for condition, (layer, scale, accuracy) in found["choices"].items():
         row = {"checkpoint": label, "task": task, "condition": condition, "layer": layer, "scale": scale}

@@ -90,7 +90,8 @@ class Snapshot:
         }
         if self.effects is not None:
             tensors |= {"effects/values": self.effects.values, "effects/baseline": self.effects.baseline}
-            about["effects"] = [list(self.effects.tasks), self.effects.metric, self.effects.metadata]
+            e = self.effects
+            about["effects"] = [list(e.tasks), e.metric, e.metadata, list(e.queries)]
         return write_tensors(path, tensors, about)
 
     @classmethod
@@ -108,10 +109,9 @@ class Snapshot:
             vectors[task] = InstructionVector(shares.sum(0), heads, shares, metadata=about["vectors"][task])
         effects = None
         if "effects" in about:
-            tasks, metric, metadata = about["effects"]
-            effects = HeadEffects(
-                tensors["effects/values"], tensors["effects/baseline"], tuple(tasks), metric, metadata
-            )
+            tasks, metric, metadata, *queries = about["effects"]  # no queries in version 0.1
+            rest = tuple(tasks), metric, metadata, *map(tuple, queries)
+            effects = HeadEffects(tensors["effects/values"], tensors["effects/baseline"], *rest)
         return cls(about["label"], about["step"], vectors, distance=about["distance"], effects=effects, **parts)
 
 

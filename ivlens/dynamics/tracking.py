@@ -15,7 +15,7 @@ from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import open_checkpoints
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.patching.heads import locate_heads
+from ivlens.patching.locating import locate_heads
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
@@ -92,14 +92,10 @@ def track(
     with opened[0].use() as hooked:
         backend = backend_of(hooked)
         base = None if folder is None else key(hooked)
-        prompts = {
-            task.name: TaskPrompts.of(
-                backend,
-                build_prompts(task, n=n_mean, split="train", repeat=True, **look),
-                build_prompts(task, n=n_prompts, split=split, **look),
-            )
-            for task in suite.values()
-        }
+        answered = {name: build_prompts(task, n=n_prompts, split=split, **look) for name, task in suite.items()}
+        means = {n: build_prompts(task, n=n_mean, split="train", repeat=True, **look) for n, task in suite.items()}
+        prompts = {name: TaskPrompts.of(backend, means[name], answered[name]) for name in suite}
+    queries = {name: [prompt.query.input for prompt in each] for name, each in answered.items()}
     snapshots: list[Snapshot] = []
     total = len(opened) * sum(len(p.mean) + len(p.answered) for p in prompts.values())
     with tqdm(total=total, desc="tracking", disable=not progress) as bar:
@@ -130,7 +126,8 @@ def track(
                     bar=bar,
                 )
                 snapshots.append(snapshot if path is None else (snapshot.save(path), snapshot)[1])
-    change = Change(tuple(snapshots), skipped, {"model": backend.name, "split": split, "n_mean": n_mean, **look})
+    about = {"model": backend.name, "split": split, "n_mean": n_mean, **look, "queries": queries}
+    change = Change(tuple(snapshots), skipped, about)
     if folder is not None:
         change.save(folder)
     return change

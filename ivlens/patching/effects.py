@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +81,7 @@ class HeadEffects:
 
     def stderr(self, task: str | None = None) -> Float[Tensor, "layer head"]:
         """Standard error of the mean over queries (tasks taken as fixed). NaN, with a warning, where a task has one query only."""
-        groups = self._groups(task)
-        if any(len(set(queries)) < 2 for queries in groups[1]):
-            warnings.warn("a task with one query has no standard error and no interval; use n_prompts >= 2", stacklevel=2)
-        return torch.from_numpy(standard_error(*groups)).float()
+        return torch.from_numpy(standard_error(*self._groups(task))).float()
 
     def interval(
         self, task: str | None = None, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0

@@ -1,8 +1,8 @@
-"""Mean head outputs, indirect effects of single heads, and the heads that carry an instruction."""
+"""Mean outputs of heads, and what replacing a single head's output does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,14 @@ from tqdm.auto import tqdm
 from ivlens.common.keys import key
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
-from ivlens.patching.effects import HeadEffects
 from ivlens.running.reading import read_prompts
-from ivlens.running.replay import Sites, Sweep
+from ivlens.running.replay import Sweep
 from ivlens.running.scores import check_metric
+from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
-from ivlens.tasks.counterfactuals import counterfactual
-from ivlens.tasks.prompts import Prompt, build_prompts
-from ivlens.tasks.suite import as_suite
-from ivlens.tasks.task import Task
+from ivlens.tasks.prompts import Prompt
 
-__all__ = ["head_effects", "head_outputs", "locate_heads", "mean_head_outputs"]
+__all__ = ["head_effects", "head_outputs", "mean_head_outputs"]
 
 
 def mean_head_outputs(
@@ -112,13 +109,13 @@ def head_effects(
     folder
         Where to keep what is done, so that an interrupted sweep goes on there.
     """
-    sweep = _sweep_heads(model, prompts, answers, replacement, metric, position, distractors, method, max_rows)
+    sweep = sweep_heads(model, prompts, answers, replacement, metric, position, distractors, method, max_rows)
     about = None if folder is None else key(sweep.backend.model, method)
-    values, baseline = _collect(sweep, folder, about, progress)
+    values, baseline = collect_effects(sweep, folder, about, progress)
     return (values - baseline[:, None]).unflatten(1, replacement.shape[:2])
 
 
-def _sweep_heads(
+def sweep_heads(
     model: Any,
     prompts: Sequence[Prompt | str | Tensor],
     answers: Sequence[str] | None,
@@ -145,6 +142,11 @@ def _sweep_heads(
     if metric == "logit_difference" and distractors is None:
         raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
     wrong = None if distractors is None else [t.answer[0] for t in tokenize(backend, prompts, distractors)]
+    if alike := sum(a.answer[0] == b for a, b in zip(tokenized, wrong or ())):
+        raise ValueError(
+            f"{alike} of {len(tokenized)} distractors begin with their answer's own first token: their logit_difference is 0 "
+            "whatever is patched; give others, or take metric='log_probability', which looks at the whole answer"
+        )
     heads = [(layer, head) for layer in range(backend.n_layers) for head in range(backend.n_heads)]
     replacement = replacement.to(backend.device)
 
@@ -158,7 +160,9 @@ def _sweep_heads(
     )
 
 
-def _collect(sweep: Sweep, folder: str | Path | None, about: str | None, progress: bool) -> tuple[Tensor, Tensor]:
+def collect_effects(
+    sweep: Sweep, folder: str | Path | None, about: str | None, progress: bool
+) -> tuple[Tensor, Tensor]:
     """Run a sweep to its end, keeping what is done in `folder` after every batch; `about` is the key of model and method."""
     values = torch.full((len(sweep.prompts), len(sweep.sites.layers)), torch.nan)
     baseline = torch.full((len(sweep.prompts),), torch.nan)
@@ -183,101 +187,3 @@ def _key(sweep: Sweep, about: str | None) -> str:
     for site, (layer,) in enumerate(sweep.sites.layers):
         sweep.sites.write(layer, [site], [0], probe[:, site : site + 1])
     return key(about, sweep.prompts, sweep.metric, sweep.from_end, sweep.distractors, probe)
-
-
-def locate_heads(
-    model: Any,
-    tasks: Task | Iterable[Task] | Mapping[str, Task],
-    *,
-    shots: int = 10,
-    instruction: bool | str | int = False,
-    style: str = "qa",
-    counterfactual: str = "shuffled_labels",
-    metric: str = "probability",
-    n_prompts: int = 25,
-    n_mean: int = 50,
-    only_correct: bool = False,
-    method: str = "auto",
-    max_rows: int | None = None,
-    folder: str | Path | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> HeadEffects:
-    """Find the heads that carry an instruction, by activation patching (IV §3; FV §2.2).
-
-    For each task: the mean head outputs of prompts that state the task (demonstrations and/or instruction) replace, one head
-    at a time, the head's output in counterfactual prompts that don't; the effect is the answer's gain. Training split only.
-
-    Parameters
-    ----------
-    shots, instruction, style
-        How the stating prompts look; see `build_prompts`.
-    counterfactual
-        How the instruction is destroyed: `shuffled_labels`, `no_instruction`, `other_instruction`, `random_text`.
-    metric
-        See `head_effects`. `logit_difference` takes another example's answer as the distractor.
-    n_prompts
-        Counterfactual prompts per task.
-    n_mean
-        Prompts per task behind the mean head outputs (the code of the Function Vectors paper uses 100).
-    folder
-        Where to keep what is done, so that an interrupted run goes on there.
-
-    Returns
-    -------
-    HeadEffects
-        Effects per prompt, layer and head; `.top(10)` are the instruction heads.
-    """
-    suite = as_suite(tasks)
-    backend = backend_of(model)
-    check_metric(metric)
-    about = None if folder is None else key(backend.model, method)
-    values, baselines, names, checked = [], [], [], False
-    with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
-        for task in suite.values():
-            bar.set_postfix_str(task.name)
-            options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "split": "train"}
-            mean = mean_head_outputs(
-                model, build_prompts(task, n=n_mean, seed=seed, repeat=True, **options), only_correct=only_correct
-            )
-            clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
-            broken = _counterfactual(
-                clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed
-            )
-            wrong = _distractors(broken, task) if metric == "logit_difference" else None
-            sweep = _sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
-            sweep.checked = checked
-            scores, baseline = _collect(sweep, folder, about, progress and len(suite) == 1)
-            values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
-            baselines.append(baseline)
-            names += [task.name] * n_prompts
-            method, checked = sweep.method, sweep.checked  # self-checked once for all tasks
-            bar.update()
-    settings = {
-        "shots": shots,
-        "instruction": instruction,
-        "style": style,
-        "counterfactual": counterfactual,
-        "seed": seed,
-    }
-    return HeadEffects(
-        torch.cat(values),
-        torch.cat(baselines),
-        tuple(names),
-        metric=metric,
-        metadata={"model": backend.name, "method": method, "n_mean": n_mean, **settings},
-    )
-
-
-_counterfactual = counterfactual  # locate_heads has an argument of the same name
-
-
-def _distractors(prompts: Sequence[Prompt], task: Task) -> list[str]:
-    """Another example's answer for each prompt, differing from its own."""
-    wrong = []
-    for prompt in prompts:
-        other = next((x for x in prompt.demonstrations + task.train if x.output != prompt.query.output), None)
-        if other is None:
-            raise ValueError(f"metric='logit_difference' needs two different answers in task {task.name!r}")
-        wrong.append(Prompt(other, style=prompt.style).answer)
-    return wrong

@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.common.statistics import standard_error
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.reading import read_prompts
-from ivlens.running.replay import Sites, Sweep
+from ivlens.running.replay import Sweep
 from ivlens.running.scores import check_metric
+from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
 
@@ -42,8 +44,8 @@ class ResidualEffects:
         return self.values.mean(0)
 
     def stderr(self) -> Float[Tensor, "layer position"]:
-        """Standard error of the mean over prompts."""
-        return self.values.std(0) / len(self.values) ** 0.5
+        """Standard error of the mean over prompts. NaN, with a warning, of one prompt."""
+        return torch.from_numpy(standard_error([self.values.double().numpy()])).float()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer and position: mean and standard error."""

@@ -76,7 +76,7 @@ def _plot_tasks(change: Change) -> go.Figure:
         marker_color=COLOURS["vector"], customdata=names, hovertemplate="%{customdata}: %{x:.3f}<extra></extra>"
     )
     figure.add_trace(bars, 1, 1)
-    frames = {"before": _accuracies(tasks, [change.base]), "after": _accuracies(tasks, later)}
+    frames = {"before": _accuracies(change, [change.base]), "after": _accuracies(change, later)}
     before_after(figure, 2, frames, tasks)
     figure.update_xaxes(range=[min(0.0, 1.25 * cosines.min()), 1.16], tickvals=[-1, -0.5, 0, 0.5, 1], col=1)
     figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", col=2)
@@ -90,15 +90,16 @@ def _plot_tasks(change: Change) -> go.Figure:
     return finish(figure, "Vectors and accuracy of each task before and after training", notes, **size)
 
 
-def _accuracies(tasks: Sequence[str], snapshots: Sequence[Snapshot]) -> pd.DataFrame:
+def _accuracies(change: Change, snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     """Per task, over the prompts of all snapshots."""
     import pandas as pd
 
     rows = []
-    for task in tasks:
+    for task in change.task_names:
         hits = [hit for s in snapshots for hit in s.accuracy[task].tolist()]
-        low, high = wilson(hits)
-        rows.append({"task": task, "mean": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)})
+        asked = [(s.label, query) for s in snapshots for query in change.asked(task)]
+        low, high = wilson(hits, asked)
+        rows.append({"task": task, "mean": sum(hits) / len(hits), "low": low, "high": high, "n": len(set(asked))})
     return pd.DataFrame(rows)
 
 

@@ -114,8 +114,9 @@ def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for (task, condition), hits in scores.groupby(["task", "condition"], sort=False)["hit"]:
-        low, high = wilson(hits.tolist())
+    for (task, condition), part in scores.groupby(["task", "condition"], sort=False):
+        hits, asked = part["hit"], list(zip(part["checkpoint"], part["query"]))
+        low, high = wilson(hits.tolist(), asked)
         row = {"task": task, "condition": condition, "mean": hits.mean(), "low": low, "high": high}
-        rows.append({**row, "n": len(hits)})
+        rows.append({**row, "n": len(set(asked))})
     return pd.DataFrame(rows)

@@ -8,67 +8,24 @@ unpatched copy). The result is the full forward pass's, to rounding; a self-chec
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ivlens.models.backend import Backend, Prefix
 from ivlens.running.batches import out_of_memory
 from ivlens.running.masks import copy_masks
 from ivlens.running.scores import WHOLE_ANSWER, measure
-from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
+from ivlens.running.sites import Sites, SweepBatch, Swept
+from ivlens.running.tokens import TokenizedPrompt
 
-__all__ = ["Sites", "Sweep", "Swept"]
+__all__ = ["Sweep"]
 
 SHARED_AT_LEAST = 16  # tokens; below this, running a common prefix separately costs more than it saves
-
-
-@dataclass(frozen=True)
-class Sites:
-    """The patches of a sweep, one copy each.
-
-    Attributes
-    ----------
-    layers
-        The layers of every patch, ascending; patches are sorted by their first.
-    hook
-        From a layer to the name of the hook point patched there.
-    write
-        `write(layer, sites, rows, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites'
-        copies at the patched position; `sites` index into `layers`, `rows` into the prompts.
-    """
-
-    layers: Sequence[Sequence[int]]
-    hook: Callable[[int], str]
-    write: Callable[[int, list[int], list[int], Tensor], None]
-
-
-@dataclass
-class SweepBatch:
-    index: list[int]
-    tokens: Int[Tensor, "batch pos"]
-    mask: Int[Tensor, "batch pos"]
-    answers: Int[Tensor, "batch answer"]
-    answer_mask: Bool[Tensor, "batch answer"]
-    distractors: Int[Tensor, " batch"] | None
-    block: int
-
-    @property
-    def keep(self) -> int:
-        return self.answers.shape[1]
-
-
-@dataclass
-class Swept:
-    """Scores of some prompts: `values` [batch, site] patched, `baseline` [batch] unpatched; `index` says which prompts."""
-
-    index: list[int]
-    values: Float[Tensor, "batch site"]
-    baseline: Float[Tensor, " batch"]
 
 
 class Sweep:
@@ -274,20 +231,9 @@ class Sweep:
 
     def _batch(self, index: list[int]) -> SweepBatch:
         index = [i for i in index if self.from_end[i] == self.from_end[index[0]]]
-        device = self.backend.device
-        answers, answer_mask = fill_right([self.scored[i] for i in index], device)
-        # The last answer token is never an input.
-        rows = [self.prompts[i].prompt + tuple(a[:-1]) for i, a in zip(index, answers.tolist())]
-        tokens, mask = pad_left(rows, rows[0][0], device)
-        return SweepBatch(
-            index,
-            tokens,
-            mask,
-            answers,
-            answer_mask,
-            None if self.distractors is None else torch.tensor([self.distractors[i] for i in index], device=device),
-            self.from_end[index[0]] + answers.shape[1] - 1,
-        )
+        rows = [(self.prompts[i].prompt, self.scored[i]) for i in index]
+        wrong = None if self.distractors is None else [self.distractors[i] for i in index]
+        return SweepBatch.of(index, rows, wrong, self.from_end[index[0]], self.backend.device)
 
     @torch.inference_mode()
     def _shared(self, index: Sequence[int]) -> Prefix | None:
@@ -295,11 +241,7 @@ class Sweep:
         if len(index) < 2 or self.method == "full":
             return None
         rows = [self.prompts[i].prompt[: len(self.prompts[i].prompt) - self.from_end[i]] for i in index]
-        same = 0
-        for column in zip(*rows):
-            if len(set(column)) > 1:
-                break
-            same += 1
+        same = len(os.path.commonprefix(rows))
         if same < SHARED_AT_LEAST:
             return None
         tokens = torch.tensor([rows[0][:same]], device=self.backend.device)

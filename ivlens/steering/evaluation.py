@@ -63,37 +63,50 @@ class Evaluation:
         return [m for m in METRICS if m in self.scores]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per task, condition and metric: mean with 95 % interval (Wilson for hits, else bootstrap) and n."""
+        """One row per task, condition and metric: mean with 95 % interval (Wilson for hits, else bootstrap) and n, the number of
+        different queries."""
         import pandas as pd
 
         rows = []
         for (task, condition), part in self.scores.groupby(["task", "condition"], sort=False):
             for metric in self.metrics:
-                values = part.groupby("prompt")[metric].mean().to_numpy(float)  # over draws
+                of_prompts = part.groupby(["prompt", "input"], sort=False)[metric].mean()  # over draws
+                values, asked = of_prompts.to_numpy(float), of_prompts.index.get_level_values("input").tolist()
                 hits = metric in BINARY and len(values) == len(part)
-                low, high = wilson(values) if hits else bootstrap_mean([values])
+                low, high = wilson(values, asked) if hits else bootstrap_mean([values], [asked])
                 row = {"task": task, "condition": condition, "metric": metric, "mean": values.mean()}
-                rows.append({**row, "low": low, "high": high, "n": len(values)})
+                rows.append({**row, "low": low, "high": high, "n": len(set(asked))})
         return pd.DataFrame(rows)
 
     def gains(self, metric: str = "first_token") -> pd.DataFrame:
-        """Each condition minus no vector, prompt by prompt, per task and on average over tasks (95 % paired bootstrap)."""
+        """Each condition minus no vector, prompt by prompt, per task and on average over tasks (95 % paired bootstrap over
+        queries)."""
         import pandas as pd
 
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
-        table = self.scores.pivot_table(index=["task", "prompt"], columns="condition", values=metric, sort=False)
+        prompts = ["task", "prompt", "input"]
+        table = self.scores.pivot_table(index=prompts, columns="condition", values=metric, sort=False)
         rows = []
         for condition in self.conditions:
             if condition == BASELINE:
                 continue
-            differences = (table[condition] - table[BASELINE]).dropna()
-            parts = {task: differences[task].to_numpy(float) for task in self.task_names if task in differences}
-            for task, values in [*((t, [v]) for t, v in parts.items()), ("average", list(parts.values()))]:
-                low, high = bootstrap_mean(values)
-                mean = sum(v.mean() for v in values) / len(values)
-                n = sum(map(len, values))
-                rows.append({"task": task, "condition": condition, "gain": mean, "low": low, "high": high, "n": n})
+            parts = {}
+            for task in self.task_names:
+                pair = table.loc[task, [condition, BASELINE]]
+                if pair[condition].notna().any():
+                    parts[task] = pair[condition] - pair[BASELINE]
+                    if parts[task].isna().any():
+                        raise ValueError(
+                            f"{condition!r} and {BASELINE!r} were not asked the same prompts of task {task!r}: gains need pairs; "
+                            "evaluate both in one call"
+                        )
+            for name, tasks in [*((task, [task]) for task in parts), ("average", list(parts))]:
+                values = [parts[task].to_numpy(float) for task in tasks]
+                asked = [parts[task].index.get_level_values("input").tolist() for task in tasks]
+                low, high = bootstrap_mean(values, asked)
+                mean, n = sum(v.mean() for v in values) / len(values), sum(len(set(x)) for x in asked)
+                rows.append({"task": name, "condition": condition, "gain": mean, "low": low, "high": high, "n": n})
         return pd.DataFrame(rows)
 
     def plot(self, metric: str = "first_token") -> go.Figure:

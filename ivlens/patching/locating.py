@@ -1,0 +1,176 @@
+"""Locating the heads that carry an instruction."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ivlens.common.keys import key
+from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
+from ivlens.patching.effects import HeadEffects
+from ivlens.patching.heads import collect_effects, mean_head_outputs, sweep_heads
+from ivlens.running.scores import WHOLE_ANSWER, check_metric
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.counterfactuals import counterfactual
+from ivlens.tasks.prompts import Prompt, build_prompts
+from ivlens.tasks.suite import as_suite
+from ivlens.tasks.task import Task
+
+__all__ = ["locate_heads"]
+
+
+def locate_heads(
+    model: Any,
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    *,
+    shots: int = 10,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    counterfactual: str = "shuffled_labels",
+    metric: str = "probability",
+    n_prompts: int = 25,
+    n_mean: int = 50,
+    only_correct: bool = False,
+    method: str = "auto",
+    max_rows: int | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> HeadEffects:
+    """Find the heads that carry an instruction, by activation patching (IV §3; FV §2.2).
+
+    For each task: the mean head outputs of prompts that state the task (demonstrations and/or instruction) replace, one head
+    at a time, the head's output in counterfactual prompts that don't; the effect is the answer's gain. Training split only.
+
+    Parameters
+    ----------
+    shots, instruction, style
+        How the stating prompts look; see `build_prompts`.
+    counterfactual
+        How the instruction is destroyed: `shuffled_labels`, `no_instruction`, `other_instruction`, `random_text`.
+    metric
+        See `head_effects`. `logit_difference` takes another example's answer as the distractor.
+    n_prompts
+        Counterfactual prompts per task. Those that come out like their original are left out, with a warning.
+    n_mean
+        Prompts per task behind the mean head outputs (the code of the Function Vectors paper uses 100).
+    folder
+        Where to keep what is done, so that an interrupted run goes on there.
+
+    Returns
+    -------
+    HeadEffects
+        Effects per prompt, layer and head; `.top(10)` are the instruction heads.
+
+    Raises
+    ------
+    ValueError
+        If no prompt states its task, a counterfactual changes none of a task's prompts, or `logit_difference` finds no answer
+        that differs in its first token.
+    """
+    suite = as_suite(tasks)
+    backend = backend_of(model)
+    check_metric(metric)
+    if n_prompts < 1 or n_mean < 1:
+        raise ValueError(f"n_prompts={n_prompts} and n_mean={n_mean} must be 1 or more")
+    if shots == 0 and (instruction is False or instruction is None):
+        raise ValueError(
+            "with shots=0 and instruction=False no prompt states its task: there is nothing to locate; pass shots=10 or "
+            "instruction=True"
+        )
+    about = None if folder is None else key(backend.model, method)
+    values, baselines, queries, names, checked = [], [], [], [], False
+    with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
+        for task in suite.values():
+            bar.set_postfix_str(task.name)
+            options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "split": "train"}
+            clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
+            broken = _counterfactual(
+                clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed
+            )
+            broken = _changed(backend, clean, broken, counterfactual)
+            wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None
+            mean = mean_head_outputs(
+                model, build_prompts(task, n=n_mean, seed=seed, repeat=True, **options), only_correct=only_correct
+            )
+            sweep = sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
+            asked = [prompt.query.input for prompt in broken]
+            if len(set(asked)) > 1 and len(set(sweep.scored)) == 1:
+                warnings.warn(
+                    f"all answers of task {task.name!r} are the same to metric={metric!r} ({broken[0].answer!r}, of which it "
+                    f"sees {backend.tokenizer.decode(sweep.scored[0])!r}): heads that raise just this count as its instruction "
+                    "heads; give examples with other answers"
+                    + ("" if metric in WHOLE_ANSWER else ", or take metric='log_probability'"),
+                    stacklevel=2,
+                )
+            sweep.checked = checked
+            scores, baseline = collect_effects(sweep, folder, about, progress and len(suite) == 1)
+            values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
+            baselines.append(baseline)
+            queries += asked
+            names += [task.name] * len(asked)
+            method, checked = sweep.method, sweep.checked  # self-checked once for all tasks
+            bar.update()
+    settings = {
+        "shots": shots,
+        "instruction": instruction,
+        "style": style,
+        "counterfactual": counterfactual,
+        "seed": seed,
+    }
+    return HeadEffects(
+        torch.cat(values),
+        torch.cat(baselines),
+        tuple(names),
+        metric=metric,
+        metadata={"model": backend.name, "method": method, "n_mean": n_mean, **settings},
+        queries=tuple(queries),
+    )
+
+
+_counterfactual = counterfactual  # locate_heads has an argument of the same name
+
+
+def _changed(backend: Backend, clean: list[Prompt], broken: list[Prompt], kind: str) -> list[Prompt]:
+    """The counterfactuals that differ from their original: effects of the others would be noise."""
+    pairs = zip(tokenize(backend, clean), tokenize(backend, broken))
+    changed = [prompt for prompt, (a, b) in zip(broken, pairs) if a.prompt != b.prompt]
+    if len(changed) == len(broken):
+        return broken
+    why = {
+        "shuffled_labels": "demonstrations with one answer can't be shuffled",
+        "no_instruction": "they state no task",
+    }
+    said = (
+        f"counterfactual={kind!r} leaves {len(broken) - len(changed)} of {len(broken)} prompts of task {broken[0].task!r} as "
+        f"they are ({why.get(kind, 'the text is the same')})"
+    )
+    if not changed:
+        raise ValueError(
+            f"{said}: there is nothing to locate; choose another counterfactual, more shots or other examples"
+        )
+    warnings.warn(f"{said}; these are left out", stacklevel=3)
+    return changed
+
+
+def _distractors(backend: Backend, prompts: Sequence[Prompt], task: Task) -> list[str]:
+    """Another example's answer for each prompt, differing from its own in the first token."""
+    wrong = []
+    for prompt in prompts:
+        (own,) = tokenize(backend, [prompt])
+        examples = (x for x in prompt.demonstrations + task.train if x.output != prompt.query.output)
+        others = dict.fromkeys(Prompt(x, style=prompt.style).answer for x in examples)
+        other = next((x for x in others if tokenize(backend, [prompt], [x])[0].answer[0] != own.answer[0]), None)
+        if other is None:
+            raise ValueError(
+                f"metric='logit_difference' needs two answers in task {task.name!r} that differ in their first token; take "
+                "metric='log_probability', which looks at the whole answer"
+            )
+        wrong.append(other)
+    return wrong
