@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -133,3 +134,22 @@ def test_bootstrap_interval_is_close_to_the_normal_one_for_many_values():
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def test_prompts_of_one_query_count_once_in_tables_and_gains(scores):
+    frame = scores.scores
+    twice = pd.concat([frame, frame.assign(prompt=frame["prompt"] + 100)], ignore_index=True)
+    twice = ivl.Evaluation(twice, scores.metadata)
+    for table in ("to_dataframe", "gains"):
+        pd.testing.assert_frame_equal(getattr(twice, table)(), getattr(scores, table)())
+
+
+def test_gains_are_paired_by_prompt_not_by_place(scores):
+    frame, columns = scores.scores, ["task", "condition", "gain", "n"]
+    mixed = frame.sample(frac=1, random_state=0).sort_values(["condition", "task"], kind="stable")
+    one, two = (x.gains("probability")[columns].sort_values(columns[:2]) for x in (scores, ivl.Evaluation(mixed)))
+    pd.testing.assert_frame_equal(one.reset_index(drop=True), two.reset_index(drop=True))
+    other = frame.copy()
+    other.loc[(other["condition"] == "vector") & (other["prompt"] == 0), "query"] = "another"
+    with pytest.raises(ValueError, match="'vector' and 'no vector' were not asked the same prompts of task 'past'"):
+        ivl.Evaluation(other).gains("probability")

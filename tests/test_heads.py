@@ -243,3 +243,62 @@ def test_a_model_that_is_not_hooked_is_refused_with_the_next_step():
         TypeError, match=r"expected a TransformerBridge or HookedTransformer, got GPT2LMHeadModel; .*ivl.load_model"
     ):
         mean_head_outputs(tiny.hf_model("gpt2"), tiny.tokens(5))
+
+
+# -- said, not measured --------------------------------------------------------------------------------------------------
+
+
+def task_of(outputs, name="own"):
+    records = [{"input": w, "output": o, "split": "train"} for w, o in zip(tiny.VERBS, outputs)]
+    return ivl.Task.from_records(
+        [*records, {"input": "v", "output": "v", "split": "valid"}], name=name, instruction="x"
+    )
+
+
+LOOK = {"shots": 2, "n_prompts": 6, "n_mean": 4, "progress": False}
+
+
+def test_counterfactuals_that_change_nothing_are_refused_before_anything_is_run(model, monkeypatch):
+    monkeypatch.setattr(type(backend_of(model)), "read_prefix", lambda *args, **options: pytest.fail("was run"))
+    with pytest.raises(
+        ValueError, match=r"'shuffled_labels' leaves 6 of 6 prompts of task 'own' as they are.*one answer"
+    ):
+        ivl.locate_heads(model, task_of(["a"] * 12), **LOOK)
+    for kind in ("no_instruction", "random_text", "shuffled_labels"):
+        with pytest.raises(ValueError, match=r"with shots=0 and instruction=False no prompt states its task"):
+            ivl.locate_heads(model, task_of("abcdefgh"), counterfactual=kind, **{**LOOK, "shots": 0})
+    with pytest.raises(ValueError, match="n_prompts=0 and n_mean=4 must be 1 or more"):
+        ivl.locate_heads(model, task_of("abcdefgh"), **{**LOOK, "n_prompts": 0})
+
+
+def test_counterfactuals_like_their_original_are_left_out_with_their_number(model):
+    task = task_of("abaaabaa")
+    clean = build_prompts(task, n=6, shots=2, seed=1)
+    same = [a.render() == b.render() for a, b in zip(clean, counterfactual(clean, "shuffled_labels", seed=0))]
+    assert 0 < sum(same) < 6
+    with pytest.warns(UserWarning, match=f"leaves {sum(same)} of 6 prompts of task 'own' as they are.*left out"):
+        effects = ivl.locate_heads(model, task, **LOOK)
+    kept = [prompt.query.input for prompt, out in zip(clean, same) if not out]
+    assert list(effects.queries) == kept and effects.tasks == ("own",) * len(kept) and len(effects.values) == len(kept)
+
+
+def test_answers_that_a_metric_cannot_tell_apart_are_said(model):
+    task = task_of(["aa", "aa", "aa"] * 4)
+    with pytest.warns(UserWarning, match=r"6 answers of task 'own' are all the same to metric='probability'"):
+        ivl.locate_heads(model, task, instruction=True, counterfactual="no_instruction", **LOOK)
+
+
+def test_distractors_differ_in_their_first_token(model):
+    backend, texts = backend_of(model), ("(a)", "(b)")
+    first = {backend.tokenizer.encode(f" {text}", add_special_tokens=False)[0] for text in texts}
+    assert len(first) == 1, "they must share it, or this tests nothing"
+    with pytest.raises(ValueError, match=r"needs two answers in task 'own' that differ in their first token"):
+        ivl.locate_heads(model, task_of(texts * 4), metric="logit_difference", **LOOK)
+    effects = ivl.locate_heads(model, task_of((*texts, "7") * 4), metric="logit_difference", **LOOK)
+    assert (effects.values.abs().amax(dim=(1, 2)) > 0).all()
+
+
+def test_distractors_that_begin_like_their_answer_are_refused(model, replacement):
+    with pytest.raises(ValueError, match="1 of 2 distractors begin with their answer's own first token"):
+        options = {"metric": "logit_difference", "distractors": ["%", "7"]}
+        head_effects(model, tiny.tokens(5, 6), ["7", "7"], replacement, **options)

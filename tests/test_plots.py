@@ -45,14 +45,7 @@ def vector(name: str = "antonym", seed: int = 0) -> InstructionVector:
 def evaluation(tasks=("antonym", "present_past"), n: int = 10) -> Evaluation:
     rates = {"no vector": 0.0, "vector": 0.8, "random vector": 0.1, "other task": 0.2, "10 demonstrations": 1.0}
     rows = [
-        {
-            "task": task,
-            "condition": condition,
-            "prompt": i,
-            "input": str(i),
-            "first_token": float(i < rate * n),
-            "probability": rate / 2,
-        }
+        {"task": task, "condition": condition, "prompt": i, "first_token": float(i < rate * n), "probability": rate / 2}
         for task in tasks
         for condition, rate in rates.items()
         for i in range(n)

@@ -95,3 +95,34 @@ def test_built_in_choice_tasks_have_both_answers():
     for task in ivl.load_tasks(["general_choice", "synonym_choice"]).values():
         assert all(x.question and x.content and x.output in "ABCD" for x in task.test)
         assert len(task.test) >= 100 and np.unique([x.output for x in task.test]).size == 4
+
+
+def reordered(found, order):
+    parts = [{"choice": getattr(found, name)["choice"][order]} for name in ("knowledge", "instruction", "tokens")]
+    queries = [found.metadata["queries"]["choice"][i] for i in order]
+    return ivl.AnswerProbabilities(*parts, {**found.metadata, "queries": {"choice": queries}})
+
+
+def test_falls_are_paired_by_what_is_asked(found):
+    mixed = reordered(found, [6, 2, 0, 1, 5, 3, 4])
+    row = ivl.compare_probabilities(found, mixed).iloc[0]
+    assert row["knowledge_low"] == row["knowledge_high"] == 0 and row["p"] == 1.0 and row["n"] == 7
+    with pytest.raises(ValueError, match="asked different prompts of task 'choice'"):
+        ivl.compare_probabilities(found, reordered(found, [0, 1, 2, 3, 4, 5]))
+    few = ivl.AnswerProbabilities(found.knowledge, found.instruction, found.tokens, {**found.metadata, "shots": 3})
+    with pytest.raises(ValueError, match=r"asked with .*'shots': 0.*'shots': 3"):
+        ivl.compare_probabilities(found, few)
+
+
+def test_repeated_queries_count_once(found):
+    twice = reordered(found, [*range(7), *range(7)])
+    assert set(twice.to_dataframe()["n"]) == {7}
+    torch_rng = torch.Generator().manual_seed(0)
+    noise = torch.rand(7, generator=torch_rng)
+    lower = ivl.AnswerProbabilities(
+        found.knowledge, {"choice": found.instruction["choice"] - noise}, found.tokens, found.metadata
+    )
+    one, two = (
+        ivl.compare_probabilities(*pair) for pair in ((found, lower), (twice, reordered(lower, [*range(7)] * 2)))
+    )
+    assert two[["p", "n", "low"]].iloc[0].tolist() == pytest.approx(one[["p", "n", "low"]].iloc[0].tolist())

@@ -20,7 +20,7 @@ from ivlens.running.reading import read_prompts
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import as_suite
-from ivlens.tasks.task import Example, Task
+from ivlens.tasks.task import Example, Task, same_input
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,7 @@ def answer_probabilities(
     with tqdm(total=2 * len(suite), desc="answer probabilities", disable=not progress) as bar:
         for task in suite.values():
             prompts = build_prompts(task, n=n_prompts, shots=shots, **options)
-            queries[task.name], lengths = [prompt.query.input for prompt in prompts], []
+            queries[task.name], lengths = [same_input(prompt.query) for prompt in prompts], []
             for kind, asked in (("knowledge", [_plain(p) for p in prompts]), ("instruction", prompts)):
                 bar.set_postfix_str(f"{task.name}, {kind}")
                 rows = tokenize(backend, asked)

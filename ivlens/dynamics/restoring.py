@@ -22,7 +22,7 @@ from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import Task, same_input
 from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["recover"]
@@ -90,7 +90,7 @@ def recover(
         layers = [backend.check_layer(x) for x in (range(1, backend.n_layers, 3) if layers is None else layers)]
         prompts = {task.name: _prompts(backend, task, n_valid, n_prompts, look) for task in suite.values()}
     again = {task.name: build_prompts(task, n=n_prompts, split="test", repeat=True, **look) for task in suite.values()}
-    asked = {name: [prompt.query.input for prompt in each] for name, each in again.items()}
+    asked = {name: [same_input(prompt.query) for prompt in each] for name, each in again.items()}
     tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
     rows: list[dict[str, Any]] = []
     choices: list[dict[str, Any]] = []

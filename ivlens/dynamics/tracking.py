@@ -18,7 +18,7 @@ from ivlens.patching.effects import HeadEffects
 from ivlens.patching.locating import locate_heads
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import Task, same_input
 
 __all__ = ["compare", "track"]
 
@@ -95,7 +95,7 @@ def track(
         answered = {name: build_prompts(task, n=n_prompts, split=split, **look) for name, task in suite.items()}
         means = {n: build_prompts(task, n=n_mean, split="train", repeat=True, **look) for n, task in suite.items()}
         prompts = {name: TaskPrompts.of(backend, means[name], answered[name]) for name in suite}
-    queries = {name: [prompt.query.input for prompt in each] for name, each in answered.items()}
+    queries = {name: [same_input(prompt.query) for prompt in each] for name, each in answered.items()}
     snapshots: list[Snapshot] = []
     total = len(opened) * sum(len(p.mean) + len(p.answered) for p in prompts.values())
     with tqdm(total=total, desc="tracking", disable=not progress) as bar:

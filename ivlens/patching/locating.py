@@ -20,7 +20,7 @@ from ivlens.running.tokens import tokenize
 from ivlens.tasks.counterfactuals import counterfactual
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import as_suite
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import Task, same_input
 
 __all__ = ["locate_heads"]
 
@@ -100,13 +100,13 @@ def locate_heads(
                 model, build_prompts(task, n=n_mean, seed=seed, repeat=True, **options), only_correct=only_correct
             )
             sweep = sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
-            asked = [prompt.query.input for prompt in broken]
+            asked = [same_input(prompt.query) for prompt in broken]
             if len(set(asked)) > 1 and len(set(sweep.scored)) == 1:
                 warnings.warn(
-                    f"all answers of task {task.name!r} are the same to metric={metric!r} ({broken[0].answer!r}, of which it "
-                    f"sees {backend.tokenizer.decode(sweep.scored[0])!r}): heads that raise just this count as its instruction "
-                    "heads; give examples with other answers"
-                    + ("" if metric in WHOLE_ANSWER else ", or take metric='log_probability'"),
+                    f"the {len(asked)} answers of task {task.name!r} are all the same to metric={metric!r}, which sees "
+                    f"{backend.tokenizer.decode(sweep.scored[0])!r}: heads that raise just this count as its instruction heads; "
+                    "give examples with other answers"
+                    + ("" if metric in WHOLE_ANSWER else ", or take 'log_probability'"),
                     stacklevel=2,
                 )
             sweep.checked = checked

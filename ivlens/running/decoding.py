@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ivlens.models.backend import Backend
 from ivlens.running.batches import out_of_memory
 from ivlens.running.positions import Injection
-from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
+from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left
 
 __all__ = ["Completions", "choose", "complete"]
 
@@ -136,7 +136,7 @@ class _Reader:
         self.backend = backend
         # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
         self.hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
-        self.beginning = _common_beginning([r.prompt[:-1] for r in rows]) if len(rows) > 1 else ()
+        self.beginning = common_beginning([r.prompt[:-1] for r in rows]) if len(rows) > 1 else ()
         self.caches: dict[int | None, Any] = {}
 
     def read(self, tokens: Tensor, mask: Tensor, injection: Injection | None = None) -> Any:
@@ -161,12 +161,6 @@ class _Reader:
             with _injected(self.backend, injection, slice(None)):
                 self.backend.forward(tokens, torch.ones_like(tokens), cache=self.caches[key])
         return self.caches[key]
-
-
-def _common_beginning(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    low, high = min(rows), max(rows)  # whatever these two share, in this order all between them share
-    n = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
-    return low[:n]
 
 
 @contextmanager

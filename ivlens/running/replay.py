@@ -8,7 +8,6 @@ unpatched copy). The result is the full forward pass's, to rounding; a self-chec
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,7 +20,7 @@ from ivlens.running.batches import out_of_memory
 from ivlens.running.masks import copy_masks
 from ivlens.running.scores import WHOLE_ANSWER, measure
 from ivlens.running.sites import Sites, SweepBatch, Swept
-from ivlens.running.tokens import TokenizedPrompt
+from ivlens.running.tokens import TokenizedPrompt, common_beginning
 
 __all__ = ["Sweep"]
 
@@ -241,7 +240,7 @@ class Sweep:
         if len(index) < 2 or self.method == "full":
             return None
         rows = [self.prompts[i].prompt[: len(self.prompts[i].prompt) - self.from_end[i]] for i in index]
-        same = len(os.path.commonprefix(rows))
+        same = len(common_beginning(rows))
         if same < SHARED_AT_LEAST:
             return None
         tokens = torch.tensor([rows[0][:same]], device=self.backend.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ivlens.models.backend import Backend
 from ivlens.tasks.prompts import Prompt
 
-__all__ = ["TokenizedPrompt", "fill_right", "pad_left", "tokenize"]
+__all__ = ["TokenizedPrompt", "common_beginning", "fill_right", "pad_left", "tokenize"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,10 @@ def fill_right(rows: Sequence[Sequence[int]], device: Any = None) -> tuple[Tenso
     filled = [list(r) + list(r[-1:]) * (longest - len(r)) for r in rows]
     counted = [[j < len(r) for j in range(longest)] for r in rows]
     return torch.tensor(filled, dtype=torch.long, device=device), torch.tensor(counted, dtype=torch.bool, device=device)
+
+
+def common_beginning(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The tokens that all rows begin with."""
+    low, high = min(rows), max(rows)  # whatever these two share, in this order all between them share
+    n = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+    return low[:n]

@@ -20,7 +20,7 @@ from ivlens.running.tokens import tokenize
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.suite import as_suite
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import Task, same_input
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class Evaluation:
     scores: pd.DataFrame
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if "query" not in self.scores:  # as in files of version 0.1
+            query = self.scores["input" if "input" in self.scores else "prompt"]
+            object.__setattr__(self, "scores", self.scores.assign(query=query))
+
     @property
     def task_names(self) -> list[str]:
         return list(dict.fromkeys(self.scores["task"]))
@@ -70,8 +75,8 @@ class Evaluation:
         rows = []
         for (task, condition), part in self.scores.groupby(["task", "condition"], sort=False):
             for metric in self.metrics:
-                of_prompts = part.groupby(["prompt", "input"], sort=False)[metric].mean()  # over draws
-                values, asked = of_prompts.to_numpy(float), of_prompts.index.get_level_values("input").tolist()
+                of_prompts = part.groupby(["prompt", "query"], sort=False)[metric].mean()  # over draws
+                values, asked = of_prompts.to_numpy(float), of_prompts.index.get_level_values("query").tolist()
                 hits = metric in BINARY and len(values) == len(part)
                 low, high = wilson(values, asked) if hits else bootstrap_mean([values], [asked])
                 row = {"task": task, "condition": condition, "metric": metric, "mean": values.mean()}
@@ -85,7 +90,7 @@ class Evaluation:
 
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
-        prompts = ["task", "prompt", "input"]
+        prompts = ["task", "prompt", "query"]
         table = self.scores.pivot_table(index=prompts, columns="condition", values=metric, sort=False)
         rows = []
         for condition in self.conditions:
@@ -103,7 +108,7 @@ class Evaluation:
                         )
             for name, tasks in [*((task, [task]) for task in parts), ("average", list(parts))]:
                 values = [parts[task].to_numpy(float) for task in tasks]
-                asked = [parts[task].index.get_level_values("input").tolist() for task in tasks]
+                asked = [parts[task].index.get_level_values("query").tolist() for task in tasks]
                 low, high = bootstrap_mean(values, asked)
                 mean, n = sum(v.mean() for v in values) / len(values), sum(len(set(x)) for x in asked)
                 rows.append({"task": name, "condition": condition, "gain": mean, "low": low, "high": high, "n": n})
@@ -273,7 +278,9 @@ def _score(
                 "prompt": i,
                 **{m: values[m] for m in metrics},
             }
-            rows.append({**row, "input": prompt.query.input, "answer": answer, "text": text})
+            rows.append(
+                {**row, "query": same_input(prompt.query), "input": prompt.query.input, "answer": answer, "text": text}
+            )
     return rows
 
 
