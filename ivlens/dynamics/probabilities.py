@@ -169,7 +169,7 @@ def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilitie
         raise ValueError("before and after cover different tasks; measure both on the same ones")
     recorded = all("queries" in found.metadata for found in (before, after))
     if not recorded:
-        warnings.warn("what was asked isn't on record (version 0.1): prompts are paired in their order", stacklevel=2)
+        warnings.warn("what was asked isn't on record (older files): prompts are paired in their order", stacklevel=2)
     elif (one := _look(before)) != (two := _look(after)):
         raise ValueError(f"before was asked with {one}, after with {two}; measure both alike")
     pairs = {task: _pairs(before, after, task, recorded) for task in before.task_names}

@@ -46,7 +46,7 @@ class Recovery:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if "query" not in self.scores:  # as in files of version 0.1: each prompt is its own
+        if "query" not in self.scores:  # as in older files: each prompt is its own
             object.__setattr__(self, "scores", self.scores.assign(query=self.scores["prompt"]))
 
     @property

@@ -109,7 +109,7 @@ class Snapshot:
             vectors[task] = InstructionVector(shares.sum(0), heads, shares, metadata=about["vectors"][task])
         effects = None
         if "effects" in about:
-            tasks, metric, metadata, *queries = about["effects"]  # no queries in version 0.1
+            tasks, metric, metadata, *queries = about["effects"]  # older files have no queries
             rest = tuple(tasks), metric, metadata, *map(tuple, queries)
             effects = HeadEffects(tensors["effects/values"], tensors["effects/baseline"], *rest)
         return cls(about["label"], about["step"], vectors, distance=about["distance"], effects=effects, **parts)

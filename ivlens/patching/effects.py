@@ -168,7 +168,7 @@ class HeadEffects:
     def load(cls, path: str | Path) -> HeadEffects:
         """Load what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
-        queries = tuple(about.get("queries", ()))  # not in files of version 0.1
+        queries = tuple(about.get("queries", ()))  # older files have none
         rest = about["metric"], about["metadata"], queries
         return cls(tensors["values"], tensors["baseline"], tuple(about["tasks"]), *rest)
 

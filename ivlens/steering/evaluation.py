@@ -51,7 +51,7 @@ class Evaluation:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if "query" not in self.scores:  # as in files of version 0.1
+        if "query" not in self.scores:  # as in older files
             query = self.scores["input" if "input" in self.scores else "prompt"]
             object.__setattr__(self, "scores", self.scores.assign(query=query))
 
