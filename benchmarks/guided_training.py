@@ -17,7 +17,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import ivlens as ivl
-from ivlens.models.loading import load_hf, tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
+from ivlens.models.loading import load_hf
 from ivlens.training import KL, Guidance
 from ivlens.training.data import IGNORED, answer_dataset
 

@@ -15,7 +15,8 @@ import ivlens as ivl
 from ivlens.common.storage import read_json, read_tensors
 from ivlens.models.adapters import adapter_weights
 from ivlens.models.backends import backend_of
-from ivlens.models.loading import load_hf, tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
+from ivlens.models.loading import load_hf
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import METHODS, fine_tune
 from ivlens.training.data import answer_dataset

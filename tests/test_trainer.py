@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 import ivlens as ivl
 from ivlens.models.adapters import freeze_adapter
 from ivlens.models.head import Head
-from ivlens.models.loading import tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import KL, Guidance, branches
 from ivlens.training import trainer as module

@@ -14,7 +14,7 @@ import torch
 import ivlens as ivl
 from ivlens.common.keys import weights_fingerprint
 from ivlens.models.backends import backend_of
-from ivlens.models.loading import tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import TrainingRun, fine_tune

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def _model(model: torch.nn.Module) -> list[Any]:
     config = configs[0] if configs else getattr(model, "cfg", None)
     if hasattr(config, "to_dict"):
         parts.append(_settings(config.to_dict()))
-    parts += [[name, *_weight(name, weight)] for name, weight in model.named_parameters()]
+    parts += [[name, *_weight(weight)] for name, weight in _weights(model)]
     return parts
 
 
@@ -121,13 +121,23 @@ def _settings(config: Mapping[str, Any]) -> Any:
     return _plain(found)
 
 
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight by name, those that accelerate has offloaded too."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            module, _, leaf = name.rpartition(".")
+            offloaded = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+            if offloaded is None:
+                raise ValueError(
+                    f"{name} isn't in memory, so that results kept for this model can't be told apart; leave folder out"
+                )
+            weight = offloaded[leaf]
+        yield name, weight
+
+
 @torch.no_grad()
-def _weight(name: str, weight: torch.Tensor) -> list[Any]:
+def _weight(weight: torch.Tensor) -> list[Any]:
     """Its dtype and shape, and bits that change with any number in it."""
-    if weight.is_meta:
-        raise ValueError(
-            f"{name} isn't in memory, so that results kept for this model can't be told apart; leave folder out"
-        )
     about = [str(weight.dtype), list(weight.shape)]
     if weight.numel() <= WHOLE:
         return [*about, _hash(_bytes(weight))]
@@ -140,7 +150,7 @@ def _weight(name: str, weight: torch.Tensor) -> list[Any]:
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """Tells base models apart by some of every weight, the same in every dtype: what folders of adapters have on record."""
     digest = hashlib.sha256()
-    for weight in model.parameters():
+    for _, weight in _weights(model):
         some = weight.detach().flatten()
         some = some[:: max(len(some) // 64, 1)].to("cpu", torch.bfloat16)
         digest.update(some.view(torch.int16).numpy().tobytes())

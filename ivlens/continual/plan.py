@@ -11,7 +11,8 @@ import torch
 from ivlens.continual.experiment import Experiment, Stop
 from ivlens.continual.scoring import scored_prompts
 from ivlens.models.backends import backend_of
-from ivlens.models.loading import load_hf, load_model, tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
+from ivlens.models.loading import load_hf, load_model
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training.data import answer_dataset

@@ -12,12 +12,19 @@ __all__ = [
     "adapter_distance",
     "adapter_weights",
     "add_adapter",
+    "check_stackable",
     "freeze_adapter",
+    "fused_adapters",
     "is_adapter",
     "record_base",
     "stack_adapters",
+    "stands_alone",
 ]
 
+FUSED = {"c_attn", "query_key_value", "qkv_proj", "gate_up_proj", "Wqkv", "W_pack", "qkv", "att_proj"}
+NOT_STACKED = (
+    "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "target_parameters", "trainable_token_indices"
+)  # fmt: skip
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "ivlens.json"
 
 
@@ -85,6 +92,40 @@ def add_adapter(
         raise ValueError(
             f"the adapter {path} doesn't fit {label} ({reason}); load it with the base it was trained on"
         ) from error
+
+
+def fused_adapters(hf_model: Any) -> list[str]:
+    """Names of fused projections with an adapter on them: a hooked model cuts these into parts, which pass it by."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in hf_model.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "base_layer")
+    }
+    return sorted(names & FUSED) if hasattr(hf_model, "merge_and_unload") else []
+
+
+def stands_alone(path: str | Path) -> bool:
+    """Whether this adapter can't be switched on a base model that others share: it sits on fused projections, or its first
+    values were taken off the base's weights (PiSSA, OLoRA, CorDA, LoftQ, …)."""
+    config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+    modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapter_weights(path)}
+    return _takes_off(config.get("init_lora_weights", True)) or bool(modules & FUSED)
+
+
+def _takes_off(init: Any) -> bool:
+    return init not in (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def check_stackable(config: Any) -> None:
+    """Raise ValueError where an adapter of this config can't be put together with another one."""
+    odd = [f"{name}={value!r}" for name in NOT_STACKED if (value := getattr(config, name, None)) and value != "none"]
+    init = getattr(config, "init_lora_weights", True)
+    odd += [f"init_lora_weights={init!r}"] if _takes_off(init) else []
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or odd:
+        raise ValueError(
+            f"an adapter with {', '.join(odd) or config.peft_type} can't be put together with those of other stages, as this method "
+            "does; use a plain LoraConfig"
+        )
 
 
 def freeze_adapter(peft_model: Any, name: str) -> None:

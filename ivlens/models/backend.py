@@ -65,7 +65,7 @@ class Backend(ABC):
     @property
     def device(self) -> torch.device:
         """Where token tensors go (the device of the embedding)."""
-        return next(self.model.parameters()).device
+        return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))
 
     @property
     def signature(self) -> dict[str, int]:

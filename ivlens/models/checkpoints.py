@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ivlens.common.keys import weights_fingerprint
-from ivlens.models.adapters import adapter_distance, add_adapter, check_files, is_adapter
+from ivlens.models.adapters import adapter_distance, add_adapter, check_files, is_adapter, stands_alone
 from ivlens.models.backends import backend_of
 from ivlens.models.loading import load_hf, load_model
 
@@ -76,15 +77,21 @@ def open_checkpoints(
             warnings.warn(f"{label} left out: {error}", stacklevel=3)
     whole = {label: entry for label, entry in labelled.items() if label not in broken}
     adapters = {label: entry for label, entry in whole.items() if is_adapter(entry)}
-    if adapters:
-        start, opened = _with_adapters(base, adapters, dtype)
+    if adapters and not isinstance(base, (str, Path)):
+        raise ValueError(
+            "adapters can't be put on a model that is hooked already; pass the base model's name or folder instead"
+        )
+    switched = {label: entry for label, entry in adapters.items() if not stands_alone(entry)}
+    if switched:
+        start, opened = _with_adapters(base, switched, dtype)
     else:
-        model = load_model(base) if isinstance(base, (str, Path)) else base
+        model = load_model(base, dtype=dtype) if isinstance(base, (str, Path)) else base
         start, opened = Checkpoint("base", 0, lambda: nullcontext(model), lambda _: 0.0), {}
-    with start.use() as model:
-        for label, entry in whole.items():
-            if label not in adapters:
-                opened[label] = _with_own_weights(label, entry, model)
+    for label, entry in whole.items():
+        if label in switched:
+            continue
+        load = partial(_merged, base, entry, dtype) if label in adapters else partial(load_model, entry)
+        opened[label] = _with_own_weights(label, load, _step(entry), start)
     return [start, *(opened[label] for label in whole)], broken
 
 
@@ -155,10 +162,6 @@ def _with_adapters(
     base: Any, adapters: Mapping[str, str | Path], dtype: torch.dtype | None
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """All adapters on one base model, loaded before it is hooked: afterwards peft no longer finds its modules."""
-    if not isinstance(base, (str, Path)):
-        raise ValueError(
-            "adapters can't be put on a model that is hooked already; pass the base model's name or folder instead"
-        )
     if dtype is None and not torch.cuda.is_available():
         dtype = torch.float32
     hf_model, tokenizer, name = load_hf(base, dtype=dtype)
@@ -186,17 +189,28 @@ def _with_adapters(
     return base_checkpoint, {label: checkpoint(label, slot) for label, slot in slots.items()}
 
 
-def _with_own_weights(label: str, entry: Any, base: Any) -> Checkpoint:
-    """A hooked model, or a name or folder, which is loaded for as long as it is in use."""
+def _merged(base: str | Path, path: str | Path, dtype: torch.dtype | None) -> Any:
+    """The base with one adapter merged into it."""
+    if dtype is None and not torch.cuda.is_available():
+        dtype = torch.float32
+    hf_model, tokenizer, name = load_hf(base, dtype=dtype)
+    hf_model = add_adapter(hf_model, path, label=name, fingerprint=weights_fingerprint(hf_model))
+    return load_model(hf_model.merge_and_unload(), tokenizer=tokenizer, dtype=dtype)
+
+
+def _with_own_weights(label: str, load: Callable[[], Any], step: int | None, start: Checkpoint) -> Checkpoint:
+    """A hooked model, or one that is loaded for as long as it is in use."""
 
     @contextmanager
     def use() -> Iterator[Any]:
-        model = load_model(entry)  # a hooked model comes back as it is
-        check_same_shape(base, model, label)
+        model = load()  # a hooked model comes back as it is
+        with start.use() as base:
+            check_same_shape(base, model, label)
         yield model
 
     def distance(model: Any) -> float:
-        pairs = zip(_weights(model), _weights(base), strict=True)
-        return sum((a - b.to(a)).double().square().sum().item() for a, b in pairs) ** 0.5
+        with start.use() as base:  # without the adapter that is on it now
+            pairs = zip(_weights(model), _weights(base), strict=True)
+            return sum((a - b.to(a)).double().square().sum().item() for a, b in pairs) ** 0.5
 
-    return Checkpoint(label, _step(entry), use, distance)
+    return Checkpoint(label, step, use, distance)

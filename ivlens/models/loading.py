@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import difflib
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ivlens.common.keys import weights_fingerprint
-from ivlens.models.adapters import add_adapter
-from ivlens.models.backend import Backend
+from ivlens.models.adapters import add_adapter, fused_adapters
 from ivlens.models.backends import backend_of
+from ivlens.models.comparison import Reference
+from ivlens.models.hooking import hook_model, is_placed, with_path
 from ivlens.models.smollm2 import forget_quantization, smollm2_folder
 
 __all__ = ["load_model"]
@@ -58,24 +60,50 @@ def load_model(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if hasattr(name, "hooks") and hasattr(name, "run_with_hooks"):
+    if is_hooked(name):
+        asked = {"adapter": adapter, "tokenizer": tokenizer, "device": device, "dtype": dtype, "device_map": device_map}
+        if given := [f"{key}={value!r}" for key, value in asked.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} can't be given for a model that is hooked already; load it anew with that"
+            )
         backend_of(name).check_hooks()
         return name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" and device_map is None else None)
+    default = torch.float32 if torch.device(device).type == "cpu" and device_map is None else None
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}
-    hf_model, tokenizer, label = load_hf(name, tokenizer, dtype, **options)
+    own = tokenizer is not None or not isinstance(name, (str, Path))
+    hf_model, tokenizer, label = load_hf(name, tokenizer, dtype or default, **options)
     if adapter is not None:
         hf_model = add_adapter(hf_model, adapter, label=label, fingerprint=weights_fingerprint(hf_model))
-    if device_map is None:
+    placed = device_map is not None or is_placed(hf_model)
+    if placed and dtype is not None and hf_model.dtype != dtype:
+        raise ValueError(
+            f"dtype={dtype} can't be given for a model that is quantised or placed already; load it in that dtype"
+        )
+    if not placed:
         hf_model = hf_model.to(device)
-    if dtype is not None and hf_model.dtype != dtype:  # else adapters, which are float32 on any base, would change too
-        hf_model = hf_model.to(dtype)
+        if (dtype or default) is not None and hf_model.dtype != (
+            dtype or default
+        ):  # else float32 adapters would change too
+            hf_model = hf_model.to(dtype or default)
     hf_model.eval()
-    model = _hook(hf_model, _with_path(tokenizer), label, backend, device_map is not None)
+    if fused := fused_adapters(hf_model):
+        warnings.warn(
+            f"the adapter of {label} is merged: it is on {', '.join(fused)}, which a hooked model cuts up. The model you passed keeps "
+            "it apart, but switching it there doesn't switch it here",
+            stacklevel=2,
+        )
+        hf_model = copy.deepcopy(hf_model).merge_and_unload()
+    reference = Reference.of(hf_model, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="ivlens-tokenizer-") as folder:
+        model = hook_model(hf_model, with_path(tokenizer, folder, own), label, backend, placed, reference)
     model.cfg.model_name = label
     backend_of(model).check_hooks()
     return model
+
+
+def is_hooked(model: Any) -> bool:
+    return hasattr(model, "hooks") and hasattr(model, "run_with_hooks")
 
 
 # -- Hugging Face models ------------------------------------------------------------------------------------------------
@@ -91,25 +119,14 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def load_hf(name: Any, tokenizer: Any = None, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any, str]:
     """A Hugging Face model from a name or an object, its tokenizer, and what to call it."""
+    if is_hooked(name):
+        raise ValueError(
+            "this model is hooked already, which changed its modules; pass the Hugging Face model, its name or folder"
+        )
     if isinstance(name, (str, Path)):
         return _from_name(str(name), tokenizer, dtype, options)
     label = getattr(getattr(name, "config", None), "_name_or_path", "") or type(name).__name__
     return name, tokenizer or _tokenizer_of(name, label), label
-
-
-def tokenizing_backend(hf_model: Any, tokenizer: Any, label: str) -> Backend:
-    """A backend that tokenizes as that of the hooked model would, without hooking the model, which would change it in place.
-
-    Which models want a BOS is known to transformer-lens's adapter of the architecture: boot one layer of it.
-    """
-    config = copy.deepcopy(hf_model.config)
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
-    config.architectures = config.architectures or [type(hf_model).__name__]
-    with torch.random.fork_rng():
-        small = type(hf_model)(config)
-    bridge = _to_bridge(small, _with_path(tokenizer), label)
-    bridge.cfg.model_name = label
-    return backend_of(bridge)
 
 
 def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> tuple[Any, Any, str]:
@@ -161,97 +178,3 @@ def _tokenizer_of(model: Any, where: str) -> Any:
         return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError("can't find this model's tokenizer; pass it with load_model(model, tokenizer=...)") from error
-
-
-def _with_path(tokenizer: Any) -> Any:
-    """Both hooked models load the tokenizer again from its path, so one made in memory is first saved to a folder."""
-    if Path(str(getattr(tokenizer, "name_or_path", ""))).exists() and str(tokenizer.name_or_path):
-        return tokenizer
-    if tokenizer.init_kwargs.get("name_or_path"):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    folder = tempfile.mkdtemp(prefix="ivlens-tokenizer-")
-    tokenizer.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-# -- hooked models ------------------------------------------------------------------------------------------------------
-
-
-def _hook(hf_model: Any, tokenizer: Any, label: str, backend: str, spread: bool) -> Any:
-    hooked = _hooked_class()
-    if backend == "hooked" and hooked is None:
-        raise ValueError(
-            "backend='hooked' needs HookedTransformer, which transformer-lens removed in 4.0; "
-            "use backend='bridge' or install transformer-lens==3.9.0"
-        )
-    if hooked is not None and backend != "bridge" and not spread:
-        try:
-            return _to_hooked(hooked, hf_model, tokenizer, label)
-        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-            if backend == "hooked":
-                raise ValueError(
-                    f"HookedTransformer can't convert {label} ({type(error).__name__}: {error}); use backend='bridge'"
-                ) from error
-    return _to_bridge(hf_model, tokenizer, label)
-
-
-def _hooked_class() -> Any:
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError:
-        return None
-    return HookedTransformer
-
-
-def _to_bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
-    """Boot the model inside any PEFT wrapper: it is the same object, so adapters stay live and can be switched."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
-    inner.config.architectures = inner.config.architectures or [
-        type(inner).__name__
-    ]  # models made from a config have none
-    device = None if getattr(inner, "hf_device_map", None) else inner.device
-    bridge = TransformerBridge.boot_transformers(label, hf_model=inner, tokenizer=tokenizer, device=device)
-    bridge.eval()
-    return bridge
-
-
-def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
-    """Raw weights in a HookedTransformer, by transformer-lens's own conversion for the architecture."""
-    from transformer_lens import loading_from_pretrained as loading
-
-    if hasattr(hf_model, "merge_and_unload"):
-        hf_model = _merged(hf_model)
-    with tempfile.TemporaryDirectory(prefix="tl-") as folder:  # the conversion reads its config from a path
-        hf_model.config.architectures = [type(hf_model).__name__]
-        hf_model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        cfg = loading.get_pretrained_model_config(folder, device=hf_model.device, dtype=hf_model.dtype)
-        state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
-    cfg.model_name, cfg.tokenizer_name = label, None
-    model = cls(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
-    model.move_model_modules_to_device()
-    model.eval()
-    _check_conversion(hf_model, model)
-    return model
-
-
-@torch.inference_mode()
-def _check_conversion(hf_model: Any, model: Any) -> None:
-    """The conversion drops what it doesn't know (projection biases, rotary scaling, ...) without a word, so compare."""
-    tokens = torch.arange(min(64, model.cfg.n_ctx), device=hf_model.device)[None] * 37 % model.cfg.d_vocab
-    expected = hf_model(tokens).logits.float().softmax(-1)
-    difference = (model(tokens).float().softmax(-1) - expected.to(model.cfg.device)).abs().max().item()
-    if not difference <= (1e-3 if hf_model.dtype == torch.float32 else 0.1):
-        raise ValueError(f"converted, its probabilities differ by {difference:.1e}")
-
-
-def _merged(peft_model: Any) -> Any:
-    """The adapters merged into a copy, so that the caller's model keeps them apart."""
-    return copy.deepcopy(peft_model).merge_and_unload()

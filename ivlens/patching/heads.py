@@ -16,7 +16,7 @@ from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
 from ivlens.running.reading import read_prompts
 from ivlens.running.replay import Sweep
-from ivlens.running.scores import check_metric
+from ivlens.running.scores import check_finite, check_metric
 from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
@@ -70,6 +70,7 @@ def head_outputs(
         raise ValueError(
             "the model answers none of the prompts correctly; use more shots, other prompts, or only_correct=False"
         )
+    check_finite(z, next(backend.model.parameters()).dtype)
     return z
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
+from ivlens.models.comparison import without_training
 from ivlens.running.batches import out_of_memory
 from ivlens.running.positions import Injection
+from ivlens.running.scores import check_finite
 from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left
 
 __all__ = ["Completions", "choose", "complete"]
@@ -32,6 +34,7 @@ class Completions:
     log_probability: list[float]
 
 
+@without_training
 @torch.inference_mode()
 def complete(
     backend: Backend,
@@ -83,6 +86,7 @@ def complete(
     return done
 
 
+@without_training
 @torch.inference_mode()
 def choose(
     backend: Backend,
@@ -218,7 +222,9 @@ class _Run:
 def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], list[float]]:
     """First-token hit and log-probability of each answer, teacher-forced."""
     answers, counted = fill_right(given, run.fed.device)
-    logits = run.along(answers).float()
+    logits = run.along(answers)
+    check_finite(logits.amax(-1), logits.dtype)
+    logits = logits.float()
     first = (logits[:, 0].argmax(-1) == answers[:, 0]).float().tolist()
     per_token = logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)
     return first, torch.where(counted, per_token, 0.0).sum(-1).tolist()
@@ -231,7 +237,9 @@ def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[s
     texts, open_rows = [""] * rows, set(range(rows))
     logits = run.first()
     for step in range(max_new_tokens):
-        last = logits[:, -1].argmax(-1, keepdim=True)
+        best = logits[:, -1].max(-1, keepdim=True)
+        check_finite(best.values, logits.dtype)
+        last = best.indices
         for row in sorted(open_rows):
             token = int(last[row, 0])
             if token in ends:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
+from ivlens.models.comparison import without_training
 from ivlens.running.scores import measure
 from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
 
@@ -37,6 +38,7 @@ class Reading:
     scores: dict[str, Float[Tensor, " prompt"]] = field(default_factory=dict)
 
 
+@without_training
 @torch.inference_mode()
 def read_prompts(
     backend: Backend,

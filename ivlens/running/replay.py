@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ivlens.models.backend import Backend, Prefix
+from ivlens.models.comparison import evaluating
 from ivlens.running.batches import out_of_memory
 from ivlens.running.masks import copy_masks
 from ivlens.running.scores import WHOLE_ANSWER, measure
@@ -71,6 +72,10 @@ class Sweep:
 
     def run(self, todo: Sequence[int] | None = None) -> Iterator[Swept]:
         """Yields batches of prompts as they are done, in any order."""
+        with evaluating(self.backend.model, getattr(self.backend.model, "original_model", self.backend.model)):
+            yield from self._batches(todo)
+
+    def _batches(self, todo: Sequence[int] | None) -> Iterator[Swept]:
         remaining = list(range(len(self.prompts))) if todo is None else list(todo)
         if not remaining:
             return

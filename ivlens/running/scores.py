@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["METRICS", "measure"]
+__all__ = ["METRICS", "check_finite", "measure"]
 
 WHOLE_ANSWER = ("log_probability", "accuracy")  # the others look at its first token only
 METRICS = ("probability", "log_probability", "logit", "logit_difference", "accuracy")
@@ -27,6 +27,7 @@ def measure(
     whole answer, teacher-forced: `log_probability` is summed over its tokens (nats), `accuracy` is 1 where every one of them
     is ranked first, which is where greedy decoding gives the answer.
     """
+    check_finite(logits.amax(-1), logits.dtype)
     index = answers[:, None, :, None].expand(-1, logits.shape[1], -1, 1)
     if metric == "accuracy":
         return ((logits.argmax(-1) == index[..., 0]) | ~answer_mask[:, None]).all(-1).float()
@@ -43,6 +44,15 @@ def measure(
         return (chosen - _log_normalizer(first)).exp()
     per_token = logits.gather(-1, index)[..., 0].float() - _log_normalizer(logits)
     return torch.where(answer_mask[:, None], per_token, 0.0).sum(-1)
+
+
+def check_finite(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError where something that was computed isn't a number: it would be kept and averaged as if it were one."""
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"the model gives NaN or infinite numbers in {str(dtype).removeprefix('torch.')}; load it with dtype=torch.float32 "
+            "(or torch.bfloat16, which reaches as far)"
+        )
 
 
 def _log_normalizer(logits: Float[Tensor, "batch copy *answer d_vocab"]) -> Float[Tensor, "batch copy *answer"]:

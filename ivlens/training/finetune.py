@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivlens.common.keys import files_key, recorded, weights_fingerprint
-from ivlens.models.adapters import add_adapter, describe_config, freeze_adapter, record_base
+from ivlens.models.adapters import add_adapter, check_stackable, describe_config, freeze_adapter, record_base
 from ivlens.models.checkpoints import FINAL, SAVED
-from ivlens.models.loading import as_dtype, load_hf, tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
+from ivlens.models.loading import as_dtype, load_hf
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
@@ -96,6 +97,8 @@ def fine_tune(
     suite, folder = as_suite(tasks), Path(folder)
     chosen = as_method(("lora" if vectors is None else "iv") if method is None else method)
     chosen.check(suite.names, vectors)
+    if chosen.fresh and not isinstance(lora, bool):
+        check_stackable(lora)
     before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
     look: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
@@ -111,7 +114,7 @@ def fine_tune(
         "learning_rate": learning_rate,
         **look,
         "save_every": save_every,
-        "dtype": as_dtype(dtype),
+        "dtype": hf_model.dtype,
         "vectors": vectors,
         "previous": None if before is None else [files_key(before / name) for name in (FINAL, "memory")],
         **arguments,
@@ -124,7 +127,7 @@ def fine_tune(
         "tasks": suite.names,
         "method": repr(chosen),
         "weights": "LoRA" if lora is True else "every weight" if lora is False else describe_config(lora),
-        "dtype": str(as_dtype(dtype)).removeprefix("torch."),
+        "dtype": str(hf_model.dtype).removeprefix("torch."),
         "vectors": None if vectors is None else sorted(vectors),
         "previous": None if before is None else str(before),
     }

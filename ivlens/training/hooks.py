@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ivlens.models.head import Head
-from ivlens.models.loading import tokenizing_backend
+from ivlens.models.hooking import text_part, tokenizing_backend
 from ivlens.training.batch import Batch
 from ivlens.training.branches import Fed
 from ivlens.training.guidance import Guidance
@@ -50,7 +50,7 @@ class TrainingHooks:
 
     def attach(self, hf_model: Any, tokenizer: Any, layers: Iterable[int]) -> TrainingHooks:
         """Put hooks on the layers where something is added and on those of the heads."""
-        inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+        inner = text_part(hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model)
         backend = tokenizing_backend(inner, tokenizer, "model")
         blocks = backend.model.adapter.component_mapping[
             "blocks"

@@ -81,7 +81,7 @@ class IVTrainer(Trainer):
     ):
         self.guidance = checked_guidance(guidance, vectors, keep_teacher)
         tasks = list(dict.fromkeys(train_dataset["task"]))
-        self._injection = TaskInjection.of(vectors, tasks, self.guidance, model.config)
+        self._injection = TaskInjection.of(vectors, tasks, self.guidance, model.config.get_text_config())
         heads = vectors[tasks[0]].heads if self.guidance.heads_weight else ()
         self._hooks, self._frozen_hooks = (TrainingHooks(heads, self.guidance.site) for _ in range(2))
         parameters = inspect.signature(_inner(model).forward).parameters

@@ -1,0 +1,120 @@
+"""A hooked model is compared with the Hugging Face or PEFT model that it was made from, on a few real tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ivlens.models.backends import backend_of
+
+__all__ = ["Reference", "evaluating", "without_training"]
+
+TEXT = "The river bends twice before it reaches the mill, and in spring the lower path is under water."
+MOST = 24  # tokens in each of two passes
+
+
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """Inside, without dropout; afterwards each module is in the mode that it was in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def without_training(engine: Callable) -> Callable:
+    """The model of the backend that comes first is measured in evaluation mode, and put back."""
+
+    @wraps(engine)
+    def measured(backend: Any, *args: Any, **options: Any) -> Any:
+        with evaluating(backend.model, getattr(backend.model, "original_model", backend.model)):
+            return engine(backend, *args, **options)
+
+    return measured
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Tokens, and what the model says of them before it is hooked."""
+
+    tokens: Int[Tensor, "1 pos"]
+    logits: Float[Tensor, "pos d_vocab"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, hf_model: Any, tokenizer: Any) -> Reference:
+        ids = tokenizer.encode(TEXT, add_special_tokens=True)[:MOST] or [0]
+        vocabulary = hf_model.config.get_text_config().vocab_size
+        device = next((p.device for p in hf_model.parameters() if not p.is_meta), torch.device("cpu"))
+        tokens = torch.tensor([ids], device=device) % vocabulary
+        with evaluating(hf_model):
+            return cls(tokens, hf_model(input_ids=tokens, use_cache=False).logits[0].float().cpu())
+
+    @torch.no_grad()
+    def check(self, model: Any, label: str) -> None:
+        """Raise ValueError where the hooked model says something else, ignores an adapter, or has heads of other widths."""
+        backend = backend_of(model)
+        widths: dict[int, tuple[int, ...]] = {}
+        hooks = [
+            (backend.z_hook(layer), lambda x, hook, layer=layer: widths.__setitem__(layer, tuple(x.shape[2:])))
+            for layer in range(backend.n_layers)
+        ]
+        silent = _adapter_layers(model)
+        handles = [
+            module.register_forward_pre_hook(lambda m, *_: (silent.pop(m, None), None)[1]) for module in list(silent)
+        ]
+        tokens = self.tokens.to(backend.device)
+        try:
+            with evaluating(model), model.hooks(fwd_hooks=hooks):
+                logits = backend.forward(tokens, torch.ones_like(tokens), keep=tokens.shape[1])[0].float().cpu()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if odd := {layer: w for layer, w in widths.items() if w != (backend.n_heads, backend.d_head)}:
+            layer, width = next(iter(odd.items()))
+            raise ValueError(
+                f"{label} has heads of different widths (layer {layer}: {width[0]} heads of {width[-1]}, elsewhere {backend.n_heads} of "
+                f"{backend.d_head}), and ivlens works on heads of one width; use another model"
+            )
+        if silent:
+            raise ValueError(
+                f"{len(silent)} adapter layers of {label} don't act in the hooked model, such as {next(iter(silent.values()))}; merge "
+                "the adapter (merge_and_unload) and load the merged model"
+            )
+        if not self.logits.isfinite().all():
+            warnings.warn(
+                f"the logits of {label} aren't finite in {_dtype(model)}; load it with dtype=torch.float32",
+                stacklevel=3,
+            )
+            return
+        difference = (logits.softmax(-1) - self.logits.softmax(-1)).abs().max().item()
+        if not difference <= (1e-3 if _dtype(model) == torch.float32 else 0.1):
+            raise ValueError(
+                f"hooked, {label} gives other probabilities than the Hugging Face model, by up to {difference:.1e}; it can't be measured"
+            )
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _adapter_layers(model: Any) -> dict[Any, str]:
+    """Active adapter layers, by module. Each must run: fresh ones change nothing yet, but will."""
+    inner = getattr(model, "original_model", model)
+    return {
+        module: name
+        for name, module in inner.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "base_layer") and not module.disable_adapters
+    }

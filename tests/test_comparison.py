@@ -1,0 +1,245 @@
+"""What is compared, mended or refused when a model is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import ivlens as ivl
+from ivlens.models import backend_of
+from ivlens.models.checkpoints import open_checkpoints
+from ivlens.models.comparison import evaluating
+from tests import tiny
+
+pytestmark = pytest.mark.model
+bridge_only = pytest.mark.skipif(tiny.HOOKED, reason="of the bridge")
+IDS = tiny.tokens(9)[0][None]
+
+_C = {
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_G = {**_C, "num_key_value_heads": 2, "intermediate_size": 48}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+MORE = {  # beside those of tiny.CONFIGS
+    "gpt-oss": ("GptOss", {**_G, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "mixtral": ("Mixtral", {**_G, "num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {**_G, **_MOE, "head_dim": 16, "moe_intermediate_size": 16}),
+    "olmoe": ("Olmoe", {**_G, **_MOE}),
+    "falcon": ("Falcon", {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "smollm3": ("SmolLM3", {**_G, "pad_token_id": 2}),
+    "granite": ("Granite", {**_G, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "cohere": ("Cohere", {**_G, "logit_scale": 0.5}),
+    "opt": ("OPT", {**_C, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "stablelm": ("StableLm", _G),
+    "olmo": ("Olmo", {**_G, "pad_token_id": 2}),
+}  # fmt: skip
+NO_DEFAULT = {
+    "gpt-oss",
+    "olmoe",
+    "smollm3",
+    "granite",
+    "cohere",
+    "stablelm",
+    "olmo",
+    "olmo2",
+    "gemma3",
+    "mixtral",
+    "qwen3-moe",
+}
+
+
+def build(name):
+    if name in tiny.CONFIGS:
+        return tiny.hf_model(name)
+    family, settings = MORE[name]
+    return tiny.randomize(
+        getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings))
+    ).eval()
+
+
+def adapted(name, **options):
+    """With an adapter that does something, on peft's default targets where it has any for the architecture."""
+    plain = build(name)
+    where = {"target_modules": ["q_proj", "v_proj"]} if name in NO_DEFAULT else {}
+    where = {"target_modules": ["qkv_proj"]} if name == "phi3" else where
+    model = get_peft_model(plain, LoraConfig(r=4, task_type="CAUSAL_LM", **{**where, **options})).eval()
+    generator = torch.Generator().manual_seed(0)
+    for n, weight in model.named_parameters():
+        if "lora_" in n:
+            weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@pytest.mark.slow
+@bridge_only
+@pytest.mark.filterwarnings("ignore:the adapter of")
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, *MORE])
+def test_every_architecture_is_exact_with_an_adapter_and_replayed_as_run_whole(tokenizer, name, task):
+    hf = adapted(name)
+    with torch.no_grad():
+        expected = hf(IDS).logits
+    model = ivl.load_model(hf, tokenizer=tokenizer, backend="bridge")
+    torch.testing.assert_close(model(IDS).detach(), expected, atol=1e-3, rtol=1e-3)
+    options = {"shots": 2, "n_prompts": 2, "n_mean": 3, "progress": False}
+    some = ivl.locate_heads(model, task, **options)
+    full = ivl.locate_heads(model, task, method="full", **options)
+    torch.testing.assert_close(some.values, full.values, atol=1e-5, rtol=1e-3)
+
+
+@bridge_only
+def test_an_adapter_on_a_fused_projection_is_merged_and_said(tokenizer):
+    hf = adapted("gpt2")
+    with torch.no_grad():
+        expected = hf(IDS).logits
+    with pytest.warns(UserWarning, match="is merged: it is on c_attn"):
+        model = ivl.load_model(hf, tokenizer=tokenizer, backend="bridge")
+    torch.testing.assert_close(model(IDS).detach(), expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(hf(IDS).logits, expected), "the caller's model keeps its adapter apart"
+
+
+@bridge_only
+def test_a_hooked_model_with_other_logits_is_refused(tokenizer, monkeypatch):
+    from ivlens.models import hooking
+
+    real = hooking.to_bridge
+
+    def broken(*args):
+        bridge = real(*args)
+        with torch.no_grad():
+            next(bridge.original_model.parameters()).mul_(1.5)
+        return bridge
+
+    monkeypatch.setattr(hooking, "to_bridge", broken)
+    with pytest.raises(ValueError, match="gives other probabilities than the Hugging Face model, by up to"):
+        ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, backend="bridge")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora", True])
+def test_the_base_under_an_adapter_is_the_base_on_disk(base, task, tmp_path, init):
+    lora = LoraConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {"steps": 4, "batch_size": 2, "save_every": 2, "learning_rate": 1e-2, "progress": False}
+    run = ivl.fine_tune(base, task, folder=tmp_path, lora=lora, **options)
+    (start, *later), _ = open_checkpoints(base, [run.folder])
+
+    def plain():
+        return transformers.AutoModelForCausalLM.from_pretrained(base)
+
+    with torch.no_grad():
+        with start.use() as model:
+            torch.testing.assert_close(model(IDS), plain()(IDS).logits, atol=1e-4, rtol=1e-4)
+        for checkpoint in later:
+            with checkpoint.use() as model:
+                alone = PeftModel.from_pretrained(plain(), run.folder / checkpoint.label).eval()
+                torch.testing.assert_close(model(IDS), alone(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_stacked_is_refused_before_the_first_stage(base, task, tmp_path):
+    for extra in (
+        {"use_dora": True},
+        {"rank_pattern": {"v_proj": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+    ):
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **extra)
+        with pytest.raises(ValueError, match=f"{next(iter(extra))}=.*can't be put together"):
+            ivl.fine_tune(base, task, folder=tmp_path, lora=lora, method="fresh_lora", steps=1, progress=False)
+    assert not list(tmp_path.rglob("final*"))
+
+
+def test_a_model_in_training_mode_is_measured_without_dropout_and_put_back(tokenizer, task):
+    model = ivl.load_model(tiny.hf_model("gpt2"), tokenizer=tokenizer)
+    options = {"metrics": ["probability"], "n_prompts": 4, "progress": False}
+    expected = ivl.evaluate(model, task, **options).scores
+    model.train()
+    assert ivl.evaluate(model, task, **options).scores.equals(expected)
+    heads = [ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False).values for _ in range(2)]
+    assert torch.equal(*heads) and model.training
+    model.eval()
+    part = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout) or not list(m.children()))
+    part.training = True
+    with evaluating(model):
+        assert not part.training
+    assert part.training and not model.training, "each module is in the mode that it was in"
+
+
+@bridge_only
+def test_the_text_part_of_a_wrapper_is_loaded_and_nothing_is_installed(tokenizer, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError(args)
+
+    monkeypatch.setattr(subprocess, "check_call", refused)
+    text = {**_G, "head_dim": 16, "sliding_window": 5}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=199
+    )
+    hf = tiny.randomize(transformers.Gemma3ForConditionalGeneration(config)).eval()
+    with torch.no_grad():
+        expected = hf(input_ids=IDS).logits
+    model = ivl.load_model(hf, tokenizer=tokenizer)
+    torch.testing.assert_close(model(IDS).detach(), expected, atol=1e-5, rtol=1e-5)
+    assert backend_of(model).n_layers == 2
+
+
+@bridge_only
+def test_an_offloaded_model_is_taken_as_it_is(tokenizer, task, tmp_path):
+    import accelerate
+
+    options = {"shots": 2, "n_prompts": 2, "n_mean": 2, "progress": False}
+    expected = ivl.locate_heads(ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer), task, **options).values
+    model = ivl.load_model(accelerate.cpu_offload(tiny.hf_model("llama")), tokenizer=tokenizer)
+    torch.testing.assert_close(ivl.locate_heads(model, task, folder=tmp_path, **options).values, expected)
+    with pytest.raises(ValueError, match="can't be given for a model that is quantised or placed"):
+        ivl.load_model(accelerate.cpu_offload(tiny.hf_model("llama")), tokenizer=tokenizer, dtype=torch.float64)
+
+
+def test_numbers_that_are_none_stop_the_work_and_name_the_dtype(tokenizer, task, tmp_path):
+    hf = tiny.hf_model("llama")
+    with torch.no_grad():
+        hf.model.norm.weight.mul_(3e38)
+    with pytest.warns(UserWarning, match="aren't finite in torch.float32"):
+        model = ivl.load_model(hf, tokenizer=tokenizer, backend="auto" if not tiny.HOOKED else "bridge")
+    with pytest.raises(ValueError, match="NaN or infinite numbers in float32"):
+        ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False, folder=tmp_path)
+    with pytest.raises(ValueError, match="NaN or infinite numbers in float32"):
+        ivl.generate(model, "Q: walk\nA:")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_options_that_cannot_be_honoured_are_refused(model, tokenizer, task, tmp_path):
+    for option in ({"adapter": "nowhere"}, {"dtype": torch.float64}, {"device": "cpu"}):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(option))}=.*can't be given for a model that is hooked already"
+        ):
+            ivl.load_model(model, **option)
+    with pytest.raises(ValueError, match="hooked already"):
+        ivl.fine_tune(model, task, folder=tmp_path, steps=1, progress=False)
+
+
+def test_the_tokenizer_given_is_the_one_used(base):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "NEW{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.add_tokens(["Zyx"])
+    hf = tiny.hf_model("llama")
+    hf.resize_token_embeddings(len(tokenizer))
+    used = backend_of(ivl.load_model(hf, tokenizer=tokenizer)).tokenizer
+    assert used.chat_template == tokenizer.chat_template
+    assert used.encode("Zyx", add_special_tokens=False) == tokenizer.encode("Zyx", add_special_tokens=False) == [200]
