@@ -16,7 +16,8 @@ from ivlens.continual.results import ContinualResults
 from ivlens.continual.scoring import Scoring, score_task, scored_prompts
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
-from ivlens.models.loading import load_hf, load_model, tokenizing_backend
+from ivlens.models.hooking import tokenizing_backend
+from ivlens.models.loading import load_hf, load_model
 from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
 from ivlens.tasks.task import Task
 from ivlens.training.finetune import fine_tune, rows_needed, training_rows
