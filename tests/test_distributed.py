@@ -83,6 +83,39 @@ def train(folder: Path, tokenizer_folder: str, batch_size: int, accumulated: int
     trainer.accelerator.end_training()
 
 
+def tune(folder: Path, base: str, batch_size: int) -> None:
+    """`fine_tune` on two tasks, interrupted once after a checkpoint, by a method that keeps a memory."""
+    from transformers import TrainerCallback
+
+    from ivlens.training.methods import EWC, method
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    made = [
+        ivl.Task.from_records([{"input": w, "output": w + e} for w in tiny.VERBS], name=e, instruction=e)
+        for e in ("ed", "s")
+    ]
+    config = LoraConfig(r=2, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {"method": EWC(n_examples=4), "steps": 4, "batch_size": batch_size, "learning_rate": 0.03, "optim": "sgd"}
+    options |= {"lora": config, "save_every": 2, "progress": False, "folder": folder / "run", "logging_steps": 1}
+    original = method.Trainer.train
+
+    def cut(self, *args, **kwargs):
+        self.add_callback(Stop())
+        original(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    method.Trainer.train = cut
+    with pytest.raises(KeyboardInterrupt):
+        ivl.fine_tune(base, made, **options)
+    method.Trainer.train = original
+    run = ivl.fine_tune(base, made, **options)
+    assert [p.name for p in run.checkpoints] == ["checkpoint-2", "checkpoint-4", "final"]
+    assert ivl.fine_tune(base, made, **options).log == run.log
+
+
 def launch(folder: Path, tokenizer_folder: Path, processes: int, *settings: object) -> None:
     folder.mkdir()
     with socket.socket() as free:
@@ -118,7 +151,26 @@ def test_two_processes_train_as_one_does(tokenizer_folder, tmp_path, keep, batch
     assert asked == ([8 // batch_size, 0] if keep else [8, 8]) and len(files) == (1 if keep else 0)
 
 
+@pytest.mark.slow
+def test_fine_tune_in_two_processes_is_as_in_one(base, tmp_path):
+    launch(tmp_path / "two", base, 2, 2)
+    launch(tmp_path / "one", base, 1, 4)
+    for file in ("final/adapter_model.safetensors", "memory/fisher.safetensors"):
+        one, two = (load_file(tmp_path / name / "run" / file) for name in ("one", "two"))
+        assert one.keys() == two.keys() and any(value.abs().max() > 1e-4 for value in one.values())
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-3)
+    losses = [
+        [entry["loss"] for entry in json.loads((tmp_path / name / "run" / "log.json").read_text())["log"]]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
 if __name__ == "__main__":
-    folder, tokenizer_folder, batch_size, accumulated, keep = sys.argv[1:]
-    train(Path(folder), tokenizer_folder, int(batch_size), int(accumulated), None if keep == "None" else int(keep))
+    folder, source, batch_size, *more = sys.argv[1:]
+    if more:
+        train(Path(folder), source, int(batch_size), int(more[0]), None if more[1] == "None" else int(more[1]))
+    else:
+        tune(Path(folder), source, int(batch_size))
     gc.collect()  # gloo's threads abort a process at whose end a model still holds its process group
