@@ -110,14 +110,7 @@ def sign_flip(groups: Groups, queries: Queries | None = None, *, n_flips: int = 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     """p-values corrected for their number: calling all below α found, a share α of these at most is expected to be false
-    (Benjamini and Hochberg 1995; of tests that are independent or positively dependent).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> benjamini_hochberg(np.array([0.01, 0.04, 0.03])).round(3).tolist()
-    [0.03, 0.04, 0.04]
-    """
+    (Benjamini and Hochberg 1995; of tests that are independent or positively dependent)."""
     import numpy as np
 
     flat = np.ravel(p)
@@ -179,15 +172,9 @@ def correlation(
     drawn = rng.integers(len(members), size=(n_bootstrap if len(points) else 0, len(members)))
     draws = [measures(points[np.concatenate([members[i] for i in row])]) for row in drawn]
     low, high = np.nanquantile(draws, [0.025, 0.975], axis=0) if draws and np.isfinite(draws).any() else (found, found)
-    return {
-        "r2": float(found[0]),
-        "r2_low": float(low[0]),
-        "r2_high": float(high[0]),
-        "spearman": float(found[1]),
-        "spearman_low": float(low[1]),
-        "spearman_high": float(high[1]),
-        "n": len(points),
-    }
+    ends = {"": found, "_low": low, "_high": high}
+    names = [(i, name, end) for i, name in enumerate(("r2", "spearman")) for end in ends]
+    return {**{f"{name}{end}": float(ends[end][i]) for i, name, end in names}, "n": len(points)}
 
 
 def bootstrap_share(

@@ -95,17 +95,11 @@ class Recovery:
         pairs = self._hits()
         pairs = pairs[[key[:2] in lost for key in pairs.index]]
         rows = []
-        for condition in self.conditions:
-            if condition in _ENDS or not len(pairs):
-                continue
-            known = pairs[[BEFORE, AFTER, condition]].dropna()
-            groups, asked = _by_prompt(known)
-            share, low, high = bootstrap_share(groups, asked, seed=seed)
-            n_pairs = known.groupby(level=[0, 1]).ngroups
-            before, after, restored = sum(group.mean(axis=0) for group in groups) / n_pairs
-            row = {"condition": condition, "share": share, "low": low, "high": high}
-            row |= {"gain": restored - after, "loss": before - after}
-            rows.append({**row, "pairs": n_pairs, "n": sum(len(set(x)) for x in asked)})
+        for condition in self.conditions if len(pairs) else ():
+            if condition not in _ENDS:
+                share, (before, after, restored), amounts = _share(pairs[[BEFORE, AFTER, condition]].dropna(), seed)
+                row = {"condition": condition, **dict(zip(("share", "low", "high"), share)), "gain": restored - after}
+                rows.append({**row, "loss": before - after, **amounts})
         columns = ["condition", "share", "low", "high", "gain", "loss", "pairs", "n"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -116,23 +110,12 @@ class Recovery:
 
         rows = []
         for condition in self.conditions:
-            if condition in _ENDS:
-                continue
-            known = self._hits()[[BEFORE_STEERED, condition]].dropna()
-            known.insert(1, "nothing", 0.0)  # a share of the way from nothing to the base model with the vector
-            groups, asked = _by_prompt(known)
-            ratio, low, high = bootstrap_share(groups, asked, seed=seed)
-            n_pairs = known.groupby(level=[0, 1]).ngroups
-            before, _, after = sum(group.mean(axis=0) for group in groups) / n_pairs
-            row = {
-                "condition": condition,
-                "ratio": ratio,
-                "low": low,
-                "high": high,
-                "base": before,
-                "fine-tuned": after,
-            }
-            rows.append({**row, "pairs": n_pairs, "n": sum(len(set(x)) for x in asked)})
+            if condition not in _ENDS:
+                known = self._hits()[[BEFORE_STEERED, condition]].dropna()
+                known.insert(1, "nothing", 0.0)  # a share of the way from nothing to the base model with the vector
+                share, (before, _, after), amounts = _share(known, seed)
+                row = {"condition": condition, **dict(zip(("ratio", "low", "high"), share))}
+                rows.append({**row, "base": before, "fine-tuned": after, **amounts})
         return pd.DataFrame(rows)
 
     def _hits(self) -> pd.DataFrame:
@@ -172,7 +155,12 @@ class Recovery:
         return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().round(3).to_html(index=False)
 
 
-def _by_prompt(hits: pd.DataFrame) -> tuple[list[np.ndarray], list[list[Any]]]:
-    """One array per task, a row per prompt: hits summed over checkpoints, which are answers to the same prompt; and what they ask."""
+def _share(hits: pd.DataFrame, seed: int) -> tuple[tuple[float, float, float], np.ndarray, dict[str, int]]:
+    """`bootstrap_share` of three columns, their means, and how much is behind them. Hits are summed over checkpoints, which are
+    answers to the same prompt."""
     parts = [part.groupby(level=["prompt", "query"]).sum() for _, part in hits.groupby(level="task")]
-    return [x.to_numpy(float) for x in parts], [x.index.get_level_values("query").tolist() for x in parts]
+    groups = [part.to_numpy(float) for part in parts]
+    asked = [part.index.get_level_values("query").tolist() for part in parts]
+    pairs = hits.groupby(level=[0, 1]).ngroups
+    amounts = {"pairs": pairs, "n": sum(len(set(x)) for x in asked)}
+    return bootstrap_share(groups, asked, seed=seed), sum(group.mean(axis=0) for group in groups) / pairs, amounts

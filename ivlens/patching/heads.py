@@ -110,7 +110,8 @@ def head_effects(
     folder
         Where to keep what is done, so that an interrupted sweep goes on there.
     """
-    sweep = sweep_heads(model, prompts, answers, replacement, metric, position, distractors, method, max_rows)
+    options: dict[str, Any] = {"position": position, "method": method, "max_rows": max_rows}
+    sweep = sweep_heads(model, prompts, answers, replacement, metric=metric, distractors=distractors, **options)
     about = None if folder is None else key(sweep.backend.model, method)
     values, baseline = collect_effects(sweep, folder, about, progress)
     return (values - baseline[:, None]).unflatten(1, replacement.shape[:2])
@@ -121,12 +122,12 @@ def sweep_heads(
     prompts: Sequence[Prompt | str | Tensor],
     answers: Sequence[str] | None,
     replacement: Tensor,
+    *,
     metric: str,
-    position: int,
     distractors: Sequence[str] | None,
-    method: str,
-    max_rows: int | None,
+    **options: Any,
 ) -> Sweep:
+    """All heads on all prompts; options as in `Sweep`."""
     check_metric(metric)
     backend = backend_of(model)
     backend.check_hooks()
@@ -156,9 +157,7 @@ def sweep_heads(
             x[:, i, heads[site][1]] = replacement[layer, heads[site][1]].to(x)
 
     sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write)
-    return Sweep(
-        backend, tokenized, sites, metric=metric, position=position, method=method, max_rows=max_rows, distractors=wrong
-    )
+    return Sweep(backend, tokenized, sites, metric=metric, distractors=wrong, **options)
 
 
 def collect_effects(

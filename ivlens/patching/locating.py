@@ -91,15 +91,14 @@ def locate_heads(
             bar.set_postfix_str(task.name)
             options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "split": "train"}
             clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
-            broken = _counterfactual(
-                clean, counterfactual, tasks=list(suite.values()), tokenizer=backend.tokenizer, seed=seed
-            )
-            broken = _changed(backend, clean, broken, counterfactual)
+            broken = _changed(backend, clean, counterfactual, list(suite.values()), seed)
             wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None
             mean = mean_head_outputs(
                 model, build_prompts(task, n=n_mean, seed=seed, repeat=True, **options), only_correct=only_correct
             )
-            sweep = sweep_heads(model, broken, None, mean, metric, -1, wrong, method, max_rows)
+            sweep = sweep_heads(
+                model, broken, None, mean, metric=metric, distractors=wrong, method=method, max_rows=max_rows
+            )
             asked = [same_input(prompt.query) for prompt in broken]
             if len(set(asked)) > 1 and len(set(sweep.scored)) == 1:
                 warnings.warn(
@@ -117,28 +116,14 @@ def locate_heads(
             names += [task.name] * len(asked)
             method, checked = sweep.method, sweep.checked  # self-checked once for all tasks
             bar.update()
-    settings = {
-        "shots": shots,
-        "instruction": instruction,
-        "style": style,
-        "counterfactual": counterfactual,
-        "seed": seed,
-    }
-    return HeadEffects(
-        torch.cat(values),
-        torch.cat(baselines),
-        tuple(names),
-        metric=metric,
-        metadata={"model": backend.name, "method": method, "n_mean": n_mean, **settings},
-        queries=tuple(queries),
-    )
+    settings = {"shots": shots, "instruction": instruction, "style": style, "counterfactual": counterfactual}
+    settings |= {"model": backend.name, "method": method, "n_mean": n_mean, "seed": seed}
+    return HeadEffects(torch.cat(values), torch.cat(baselines), tuple(names), metric, settings, tuple(queries))
 
 
-_counterfactual = counterfactual  # locate_heads has an argument of the same name
-
-
-def _changed(backend: Backend, clean: list[Prompt], broken: list[Prompt], kind: str) -> list[Prompt]:
+def _changed(backend: Backend, clean: list[Prompt], kind: str, tasks: list[Task], seed: int) -> list[Prompt]:
     """The counterfactuals that differ from their original: effects of the others would be noise."""
+    broken = counterfactual(clean, kind, tasks=tasks, tokenizer=backend.tokenizer, seed=seed)
     pairs = zip(tokenize(backend, clean), tokenize(backend, broken))
     changed = [prompt for prompt, (a, b) in zip(broken, pairs) if a.prompt != b.prompt]
     if len(changed) == len(broken):
