@@ -143,7 +143,7 @@ def test_train_writes_adapters_and_a_report(trained):
 
 
 def test_compare_writes_change_recovery_and_a_report(folder, trained, tmp_path):
-    output = run("compare", f"{trained / 'final'}", *common(folder), "--n-effects", "2", "--out", f"{tmp_path}")
+    output = run("compare", f"{trained / 'final'}", *common(folder), "--n-effects", "6", "--out", f"{tmp_path}")
     assert "Share of the lost accuracy" in output
     assert ivl.Change.load(tmp_path / "change").task_names == ["past", "choice"]
     assert "original state" in ivl.Recovery.load(tmp_path / "recovery" / "recovery.json").conditions

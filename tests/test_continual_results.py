@@ -132,6 +132,17 @@ def test_intervals_are_those_of_a_loop_over_the_same_draws(found):
     assert (cut["low"], cut["high"]) == pytest.approx(tuple(np.quantile(cuts, [0.025, 0.975])))
 
 
+def test_prompts_of_one_query_are_resampled_together_and_count_once(found):
+    scores = found.scores.assign(query=found.scores["prompt"].astype(str))
+    twice = pd.concat([scores, scores.assign(prompt=scores["prompt"] + 100)], ignore_index=True)
+    one, two = (results(x).to_dataframe() for x in (scores, twice))
+    pd.testing.assert_frame_equal(one, two)
+    other = scores.copy()
+    other.loc[(other["method"] == "iv") & (other["prompt"] == 0), "query"] = "of other data"
+    with pytest.raises(ValueError, match="different queries under one number"):
+        results(other).to_dataframe()
+
+
 def test_the_order_of_rows_does_not_matter(found):
     shuffled = found.scores.sample(frac=1.0, random_state=0).reset_index(drop=True)
     order = found.scores.drop_duplicates(

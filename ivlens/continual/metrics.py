@@ -106,14 +106,16 @@ def resampled(
 ) -> dict[str, dict[str, Float[np.ndarray, "draw seed"]]]:
     """Every measure of every method: as found in the first row, under resampled prompts below it, a column per seed.
 
-    Prompts are resampled within each task and number of demonstrations, the trained tasks in order before the general ones.
-    Draws are the same for all methods, seeds and stages, so that differences between rows of two methods are paired.
+    Queries, with all prompts that ask them, are resampled within each task and number of demonstrations, the trained tasks in
+    order before the general ones. Draws are the same for all methods, seeds and stages, so that differences between rows of two
+    methods are paired.
     A method and seed that aren't finished, or lack some prompt's score, have NaN.
 
     Parameters
     ----------
     scores
-        One row per prompt: `method`, `seed`, `stage`, `task`, `kind`, `shots`, `prompt`, `score`; see `ContinualResults`.
+        One row per prompt: `method`, `seed`, `stage`, `task`, `kind`, `shots`, `prompt`, `score`, and `query`, without
+        which each prompt is its own; see `ContinualResults`.
     """
     parts = dict(iter(scores.groupby(["kind", "task", "shots"], sort=False)))
     cells = [cell for task in sequence for cell in parts if cell[:2] == ("trained", task)]
@@ -157,10 +159,15 @@ def _means(
 
     index = pd.MultiIndex.from_tuples(runs)
     table = part.pivot(index="prompt", columns=["method", "seed", "stage"], values="score").reindex(columns=index)
-    n = len(table)
+    asked = (part if "query" in part else part.assign(query=part["prompt"])).groupby("prompt")["query"]
+    if asked.nunique().max() > 1:
+        raise ValueError("runs were asked different queries under one number: scores of other data can't be paired")
+    at, queries = pd.factorize(asked.first())
+    n = len(queries)
     drawn = rng.integers(n, size=(n_bootstrap, n)) + n * np.arange(n_bootstrap)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=n_bootstrap * n).reshape(n_bootstrap, n)
-    return np.concatenate([np.ones((1, n)), counts]) @ table.to_numpy(float) / n
+    counts = np.concatenate([np.ones((1, n)), counts])[:, at]
+    return counts @ table.to_numpy(float) / counts.sum(axis=1, keepdims=True)
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ class ContinualResults:
     Attributes
     ----------
     scores
-        One row per prompt: `method`, `seed`, `stage`, `task`, `kind` (`trained` or `general`), `shots`, `prompt`, `score` (0 to
-        1). The base model's rows have method `base`, seed 0 and stage 0. Prompts are the same in all of them.
+        One row per prompt: `method`, `seed`, `stage`, `task`, `kind` (`trained` or `general`), `shots`, `prompt`, `query`, `score`
+        (0 to 1). The base model's rows have method `base`, seed 0 and stage 0. Prompts are the same in all of them.
     similarity
         One row per method, seed, stage and task: cosine of the task's instruction vector with the base model's. May be empty.
     costs
@@ -173,6 +173,7 @@ class ContinualResults:
 
     def _n_prompts(self, metric: str) -> int:
         base = self.scores[self.scores["method"] == "base"]
+        base = base.drop_duplicates(["kind", "task", "shots", "query" if "query" in base else "prompt"])
         trained, shown = base["kind"] == "trained", base["shots"] > 0
         looked_at = {
             "GP": ~trained & ~shown,

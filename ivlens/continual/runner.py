@@ -19,7 +19,7 @@ from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
 from ivlens.models.hooking import tokenizing_backend
 from ivlens.models.loading import load_hf, load_model
 from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import Task, same_input
 from ivlens.training.finetune import fine_tune, rows_needed, training_rows
 from ivlens.training.methods import Guided, Method, as_method
 from ivlens.training.run import TrainingRun
@@ -239,8 +239,9 @@ def _score_base(what: Experiment) -> None:
 def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
     backend, found = backend_of(model), []
     for kind, task, look in what.looks():
-        values = score_task(backend, task, scored_prompts(task, what.scoring, **look), what.scoring)
-        found.append({"task": task.name, "kind": kind, "shots": look["shots"], "scores": values})
+        prompts = scored_prompts(task, what.scoring, **look)
+        values, asked = score_task(backend, task, prompts, what.scoring), [same_input(p.query) for p in prompts]
+        found.append({"task": task.name, "kind": kind, "shots": look["shots"], "scores": values, "queries": asked})
     return found
 
 
@@ -275,4 +276,7 @@ def _results(what: Experiment) -> ContinualResults:
 def _rows(method: str, seed: int, stage: int, found: Any) -> Iterator[dict[str, Any]]:
     for part in found["scores"]:
         about = {"method": method, "seed": seed, "stage": stage, **{k: part[k] for k in ("task", "kind", "shots")}}
-        yield from ({**about, "prompt": i, "score": value} for i, value in enumerate(part["scores"]))
+        asked = part.get("queries", range(len(part["scores"])))  # older files have none
+        yield from (
+            {**about, "prompt": i, "query": q, "score": x} for i, (q, x) in enumerate(zip(asked, part["scores"]))
+        )
