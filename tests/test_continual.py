@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import ivlens as ivl
 from ivlens.continual import collect, read_config, run, runner
@@ -18,6 +19,7 @@ from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prom
 from ivlens.continual.vectors import base_vectors
 from ivlens.models.backends import backend_of
 from ivlens.running.tokens import tokenize
+from ivlens.training.guidance import Guidance
 from ivlens.training.methods import EWC, Guided
 from tests import tiny
 
@@ -196,6 +198,8 @@ def test_another_method_under_a_label_of_old_is_refused(done, sequence, monkeypa
         ({"lora": False}, "lora=False trains every weight"),
         ({"dtype": "int8"}, "no floating-point dtype"),
         ({"label_smooth": 0.1}, "label_smooth"),
+        ({"methods": ["lora", "o_lora"], "lora": LoraConfig(use_dora=True)}, "use_dora=True can't be put together"),
+        ({"methods": ["lora", Guided(Guidance(layer=3))]}, "layer=3 is out of range"),
         ({"methods": {"vectors": "lora"}}, "would share a folder"),
         ({"methods": {"a/b": "lora", "a_b": "ewc"}}, "would share a folder"),
         ({"sequence": "long"}, r"\(long, train example .: 'word word"),

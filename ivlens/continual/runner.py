@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ivlens.continual.experiment import Experiment, Stop
 from ivlens.continual.results import ContinualResults
 from ivlens.continual.scoring import Scoring, score_task, scored_prompts
+from ivlens.models.adapters import check_stackable
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
 from ivlens.models.hooking import tokenizing_backend
@@ -21,6 +22,8 @@ from ivlens.models.loading import load_hf, load_model
 from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
 from ivlens.tasks.task import Task, same_input
 from ivlens.training.finetune import fine_tune, rows_needed, training_rows
+from ivlens.training.guidance import checked_guidance
+from ivlens.training.hooks import TaskInjection
 from ivlens.training.methods import Guided, Method, as_method
 from ivlens.training.run import TrainingRun
 from ivlens.vectors.vector import InstructionVector
@@ -180,13 +183,19 @@ def _general(general: Any) -> TaskSuite:
 
 
 def _check_stages(what: Experiment) -> None:
-    """Raise now what would only be raised in a later stage: training arguments that there aren't, and rows that are too long."""
+    """Raise now what would only be raised in a later stage, of training arguments, adapters, layers and rows."""
     waiting = [(stop.task, stop.seed) for stop in what.stops() if not stop.trained]
     if not waiting:
         return
     own = inspect.signature(experiment).parameters
     TrainingArguments(str(what.folder), use_cpu=True, **{k: v for k, v in what.training.items() if k not in own})
-    backend = tokenizing_backend(*load_hf(what.model, dtype=what.dtype))
+    loaded = load_hf(what.model, dtype=what.dtype)
+    backend = tokenizing_backend(*loaded)
+    for method in what.methods.values():
+        if method.fresh and what.training["lora"] is not True:
+            check_stackable(what.training["lora"])
+        if isinstance(method, Guided):
+            TaskInjection.of(None, (), checked_guidance(method.guidance, {}, method.keep_teacher), loaded[0].config)
     n = rows_needed(what.training["steps"], what.training["batch_size"], what.training)
     look = {name: what.training[name] for name in ("shots", "instruction", "style")}
     for task, seed in dict.fromkeys(waiting):

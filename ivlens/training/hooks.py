@@ -120,6 +120,8 @@ class TaskInjection:
             If a task has no vector, or a vector or layer doesn't fit the model.
         """
         width, depth = config.hidden_size, config.num_hidden_layers
+        if guidance.layer is not None and not -depth <= guidance.layer < depth:
+            raise ValueError(f"layer={guidance.layer} is out of range: the model has layers 0 to {depth - 1}")
         if vectors is None:
             return cls(torch.empty(0, dtype=torch.long), torch.empty(0, width))
         if missing := [task for task in tasks if task not in vectors]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ivlens.steering.controls import random_vector
-from ivlens.training.guidance import PRESETS, Guidance
+from ivlens.training.guidance import Guidance, checked_guidance
 from ivlens.training.methods.method import Method, Stage
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ class Guided(Method):
     random: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.guidance, str) and self.guidance not in PRESETS:
-            raise ValueError(
-                f"guidance={self.guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
-            )
+        checked_guidance(self.guidance, {}, self.keep_teacher)
 
     def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
         if missing := [task for task in tasks if task not in (vectors or {})]:
