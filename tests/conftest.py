@@ -10,11 +10,13 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Where tensors travel, the shapes in the annotations are checked while the tests run.
+# Where tensors travel, the shapes in the annotations are checked while the tests run. Not where prompts are tokenized: beartype
+# draws which item of a sequence it looks at from Python's global random state, which a test of training watches.
 CHECKED = (
     "models",
     "running.replay",
     "running.scores",
+    "running.sites",
     "running.decoding",
     "patching.heads",
     "patching.locating",
