@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens import __version__
+from ivlens.plots.image import draw
 from ivlens.steering.generate import Generations
 
 __all__ = ["Section", "write_figure", "write_report"]
@@ -105,7 +106,8 @@ def write_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> 
     Raises
     ------
     RuntimeError
-        Without kaleido or a browser that it can use. `figure.write_html` and `write_report` need neither.
+        Without kaleido or a browser that it can use, or where that doesn't answer
+        within 30 seconds. `figure.write_html` and `write_report` need neither.
     """
     path = Path(path)
     ending = path.suffix.lower().lstrip(".")
@@ -113,18 +115,14 @@ def write_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> 
         raise ValueError(f"path={str(path)!r} must end in one of {', '.join('.' + f for f in FORMATS)}")
     if importlib.util.find_spec("kaleido") is None:
         raise RuntimeError(f"can't write {path.name}: images need kaleido; install it: pip install 'kaleido>=1'")
-    import kaleido
-
     layout = figure.layout
-    size = {"width": layout.width or 900, "height": layout.height or 560}
+    options = {"format": ending, "scale": scale, "width": layout.width or 900, "height": layout.height or 560}
     try:
-        # Not figure.to_image: that lets the browser fetch MathJax from the network.
-        options = {"format": ending, "scale": scale, **size}
-        image = kaleido.calc_fig_sync(figure.to_dict(), opts=options, kopts={"mathjax": False})
+        image = draw(figure, options)
     except Exception as error:
         raise RuntimeError(
-            f"can't write {path.name}: kaleido needs a Chrome or Chromium browser and found none that works "
-            f"({type(error).__name__}). Install one, by plotly_get_chrome or the system's package manager (Debian and "
+            f"can't write {path.name}: kaleido needs a Chrome or Chromium browser and found none that works ({error}). "
+            "Install one, by plotly_get_chrome or the system's package manager (Debian and "
             "Ubuntu: apt install chromium), or name one in the environment variable BROWSER_PATH. figure.write_html "
             "and ivl.write_report need no browser."
         ) from error

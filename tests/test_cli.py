@@ -1,12 +1,18 @@
 """The command line on a tiny model: every command writes its folder, and errors are readable."""
 
+import inspect
 import json
+import os
+import subprocess
+import sys
 
+import pandas as pd
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import ivlens as ivl
-from ivlens.cli import app
+from ivlens.cli import app, common, steer
 from ivlens.continual import ContinualResults
 from tests import tiny
 
@@ -21,7 +27,7 @@ def folder(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "model")
     records = [json.dumps({"input": verb, "output": f"{verb}ed"}) for verb in tiny.VERBS]
     (folder / "past.jsonl").write_text("\n".join(records))
-    common = [
+    own = [
         "--model",
         f"{folder / 'model'}",
         "--file",
@@ -29,11 +35,11 @@ def folder(tmp_path_factory, tokenizer):
         "--instruction",
         "Write the past form.",
     ]
-    run("locate", *common, "--shots", "2", "--n-prompts", "3", "--out", f"{folder / 'heads'}")
+    run("locate", *own, "--shots", "2", "--n-prompts", "3", "--out", f"{folder / 'heads'}")
     heads = f"{folder / 'heads' / 'effects.safetensors'}"
     run(
         "extract",
-        *common,
+        *own,
         "--heads",
         heads,
         "--top",
@@ -91,6 +97,71 @@ def test_tasks_lists_and_shows():
     assert "opposite" in run("tasks", "antonym")
 
 
+def test_an_old_code_page_prints_what_it_can():
+    """`subprocess` for the terminal's own stream; − and → aren't in cp1252."""
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    code = (
+        "from ivlens.cli.app import app\nfrom ivlens.cli.common import print_table, say\nimport pandas as pd\n"
+        "app.command()(lambda: (say('a \u2212 b'), print_table(pd.DataFrame({'\u2212': ['\u4f60']}), '\u2192')))\napp()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "<lambda>"], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode("latin-1")
+    assert b"a ? b" in done.stdout
+
+
+def test_names_are_printed_as_they_are(capsys):
+    path = f"/data [v2]/{'long ' * 40}[bold]/:smile:/file"
+    common.say(path)
+    assert capsys.readouterr().out == f"{path}\n"
+    common.print_table(pd.DataFrame({"[b]": ["[v2]:smile:"], "x": [0.5]}), "[red]title")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("[b]", "[v2]:smile:", "[red]title"))
+
+
+class LibraryError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("two\n  lines"), "error: two lines"),
+        (KeyError("unknown task 'x'; did you mean 'y'"), "error: unknown task 'x'; did you mean 'y'"),
+        (KeyError("layers"), "error: KeyError: layers"),
+        (RuntimeError("CUDA out of memory"), "error: CUDA out of memory"),
+        (
+            UnicodeDecodeError("utf-8", b"a", 0, 1, "no"),
+            "error: 'utf-8' codec can't decode byte 0x61 in position 0: no",
+        ),
+        (ImportError("needs x; install it"), "error: needs x; install it"),
+        (MemoryError(), "error: MemoryError"),
+        (LibraryError("bad"), "error: LibraryError: bad"),
+    ],
+)
+def test_bad_input_is_one_line_whoever_finds_it(error, said, capsys):
+    with pytest.raises(typer.Exit) as exit_, common.readable_errors():
+        raise error
+    assert exit_.value.exit_code == 2
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("error", [AttributeError("x"), IndexError("x"), AssertionError(), NotImplementedError()])
+def test_a_bug_is_not_called_bad_input(error):
+    with pytest.raises(type(error)), common.readable_errors():
+        raise error
+
+
+def test_vectors_stay_in_their_folder(tmp_path):
+    folders = common.vector_folders(tmp_path, {"../up": 1, "/etc": 2, "plain": 3})
+    assert all(path.parent == tmp_path for path in folders.values()) and folders["plain"] == tmp_path / "plain"
+    with pytest.raises(ValueError, match="share folders"):
+        common.vector_folders(tmp_path, {"a/b": 1, "a_b": 2})
+
+
+def test_a_hub_id_is_no_path():
+    assert inspect.signature(steer.steer).parameters["vector"].annotation.startswith("Annotated[str")
+
+
 def test_models_names_the_built_in_one():
     assert "smollm2" in run("models")
 
@@ -131,7 +202,7 @@ def trained(folder):
     return folder / "trained"
 
 
-def common(folder):
+def given(folder):
     files = ["--file", f"{folder / 'past.jsonl'}", "--file", f"{folder / 'choice.jsonl'}"]
     told = ["--instruction", "Write the past.", "--instruction", "Say the letter."]
     return ["--model", f"{folder / 'model'}", *files, *told, "--shots", "2", "--n-prompts", "4", "--top", "3"]
@@ -143,7 +214,7 @@ def test_train_writes_adapters_and_a_report(trained):
 
 
 def test_compare_writes_change_recovery_and_a_report(folder, trained, tmp_path):
-    output = run("compare", f"{trained / 'final'}", *common(folder), "--n-effects", "6", "--out", f"{tmp_path}")
+    output = run("compare", f"{trained / 'final'}", *given(folder), "--n-effects", "6", "--out", f"{tmp_path}")
     assert "Share of the lost accuracy" in output
     assert ivl.Change.load(tmp_path / "change").task_names == ["past", "choice"]
     assert "original state" in ivl.Recovery.load(tmp_path / "recovery" / "recovery.json").conditions
@@ -153,7 +224,7 @@ def test_compare_writes_change_recovery_and_a_report(folder, trained, tmp_path):
 
 def test_track_follows_the_checkpoints_of_a_run(folder, trained, tmp_path):
     heads = ["--heads", f"{folder / 'heads' / 'effects.safetensors'}"]
-    run("track", f"{trained}", *common(folder), *heads, "--out", f"{tmp_path}")
+    run("track", f"{trained}", *given(folder), *heads, "--out", f"{tmp_path}")
     change = ivl.Change.load(tmp_path / "change")
     assert [s.step for s in change.snapshots] == [0, 2, 4]
     assert "Along fine-tuning" in (tmp_path / "report.html").read_text()

@@ -9,6 +9,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 SMALL = {"03_train_without_forgetting": {"STEPS": 2, "N_PROMPTS": 4, "N_EFFECTS": 1, "METHODS": ["lora", "iv"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_shows_something_in_its_last_cell(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")

@@ -242,6 +242,7 @@ def test_hidden_similarity_per_layer():
 
 
 # -- change: predictors and heads --------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_scatter_has_a_panel_per_predictor():
     change = along()
     figure = plot_change(change, "scatter")
@@ -363,6 +364,7 @@ def test_markup_in_names_is_shown_not_obeyed():
         assert "<b>" not in str(text) and "<a href" not in str(text)
 
 
+@pytest.mark.slow
 def test_markup_in_labels_is_shown_not_obeyed():
     change = along()
     last = replace(change.snapshots[-1], label=UGLY, step=None)
@@ -371,6 +373,7 @@ def test_markup_in_labels_is_shown_not_obeyed():
         assert "<b>" not in str(text) and "<a href" not in str(text)
 
 
+@pytest.mark.slow
 def test_global_templates_stay_as_they_were():
     before = pio.templates.default, pio.templates["plotly_white"].to_plotly_json()
     for figure in every_figure(along()):
@@ -378,6 +381,7 @@ def test_global_templates_stay_as_they_were():
     assert (pio.templates.default, pio.templates["plotly_white"].to_plotly_json()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [TASKS[:1], tuple(f"a_rather_long_task_{i}" for i in range(24))])
 def test_sizes_suit_a_slide(tasks):
     for figure in every_figure(along(1, tasks), tasks):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -199,35 +200,50 @@ def test_generations_keep_line_breaks_and_tint_steered_columns(report):
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
+def _kaleido(folder: Path, monkeypatch, body: str) -> None:
+    """A kaleido in the place of the real one; images are drawn in a process of their own."""
+    (folder / "lib").mkdir()
+    code = f"import json, sys\ndef calc_fig_sync(figure, *, opts, kopts):\n    {body}\n"
+    (folder / "lib" / "kaleido.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder / "lib"))
+
+
 def test_figure_is_written_by_kaleido(tmp_path, figure, monkeypatch):
-    import kaleido
-
-    asked = {}
-
-    def draw(given, *, opts, kopts):
-        json.dumps(given)
-        asked.update(opts, **kopts)
-        return b"image"
-
-    monkeypatch.setattr(kaleido, "calc_fig_sync", draw)
+    _kaleido(tmp_path, monkeypatch, "return json.dumps([figure, opts, kopts]).encode()")
     path = write_figure(figure, tmp_path / "deep" / "a.svg", scale=3)
-    assert path.read_bytes() == b"image"
-    assert asked == {"format": "svg", "width": 600, "height": 300, "scale": 3, "mathjax": False}
+    given, options, settings = json.loads(path.read_bytes())
+    assert given["data"] == json.loads(figure.to_json())["data"]
+    assert options == {"format": "svg", "width": 600, "height": 300, "scale": 3}
+    assert settings == {"mathjax": False}
 
 
 def test_what_to_install_is_said(tmp_path, figure, monkeypatch):
-    import kaleido
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("no browser")
-
-    monkeypatch.setattr(kaleido, "calc_fig_sync", fail)
-    with pytest.raises(RuntimeError, match=r"Chrome or Chromium.*plotly_get_chrome.*BROWSER_PATH"):
+    _kaleido(tmp_path, monkeypatch, "raise RuntimeError('no browser')")
+    with pytest.raises(RuntimeError, match=r"Chrome or Chromium.*no browser.*plotly_get_chrome.*BROWSER_PATH"):
         write_figure(figure, tmp_path / "a.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="pip install 'kaleido"):
         write_figure(figure, tmp_path / "a.png")
-    assert not list(Path(tmp_path).iterdir())
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the browser is a shell script")
+def test_a_silent_browser_is_given_up_and_ended(tmp_path, figure, monkeypatch):
+    import psutil
+
+    from ivlens.plots import image
+
+    browser = tmp_path / "browser"
+    browser.write_text("#!/bin/sh\necho here >$0.log\nsleep 98765\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(browser))
+    monkeypatch.setattr(image, "PATIENCE", 4)
+    with pytest.raises(RuntimeError, match="answer within 4 s"):
+        write_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "browser.log").exists()
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert not [line for line in lines if str(browser) in line or "sleep 98765" in line]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["browser", "browser.log"]
 
 
 def test_image_formats_are_checked(tmp_path, figure):

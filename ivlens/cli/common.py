@@ -41,13 +41,23 @@ Seed = Annotated[int, typer.Option("--seed")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results")]
 
 
+# What input can't cause: let it be seen.
+BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError, RecursionError)
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Bad input ends with its message and exit code 2, not a traceback."""
+    """Bad input ends with its message, in one line, and exit code 2, not a traceback, whichever library found it bad."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        typer.echo(f"error: {error.args[0] if isinstance(error, KeyError) else error}", err=True)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if type(error).__module__ == "builtins" and isinstance(error, BUGS) and not isinstance(error, KeyError):
+            raise
+        text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+        ours = isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) or " " in text
+        typer.echo(f"error: {text if ours and text else f'{type(error).__name__}: {text}'.rstrip(': ')}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -77,27 +87,39 @@ def read_tasks(names: list[str] | None, files: list[Path] | None, instructions: 
     return TaskSuite([*(load_tasks(names).values() if names else ()), *own])
 
 
+def vector_folders(folder: Path, suite: TaskSuite) -> dict[str, Path]:
+    """Where each task's vector is kept; a name is never a path."""
+    from ivlens.common.storage import safe_name
+
+    folders = {name: folder / safe_name(name) for name in suite}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"tasks {', '.join(map(repr, folders))} would share folders in {folder}; rename one")
+    return folders
+
+
 def about(metadata: dict[str, Any]) -> dict[str, str]:
     return {key: str(value) for key, value in metadata.items() if value is not None}
 
 
 def say(text: str) -> None:
-    from rich.console import Console
-
-    Console().print(text)
+    """As it is: a path isn't wrapped, and its brackets are no markup."""
+    typer.echo(text)
 
 
 def print_table(frame: pd.DataFrame, title: str) -> None:
     """A table in the terminal: numbers on the right, line breaks written out."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=escape(title))
+    table = Table(title=Text(title))  # a plain string would be read as markup
     for column in frame.columns:
-        table.add_column(str(column), justify="right" if frame[column].dtype.kind in "fi" else "left", overflow="fold")
+        side = "right" if frame[column].dtype.kind in "fi" else "left"
+        table.add_column(Text(str(column)), justify=side, overflow="fold")
     for row in frame.itertuples(index=False):
-        table.add_row(
-            *(f"{x:.3g}" if isinstance(x, float) else escape(repr(x)[1:-1] if "\n" in str(x) else str(x)) for x in row)
-        )
+        table.add_row(*(Text(f"{x:.3g}" if isinstance(x, float) else _on_one_line(str(x))) for x in row))
     Console().print(table)
+
+
+def _on_one_line(text: str) -> str:
+    return repr(text)[1:-1] if "\n" in text else text

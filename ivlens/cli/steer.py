@@ -28,6 +28,7 @@ from ivlens.cli.common import (
     read_tasks,
     readable_errors,
     say,
+    vector_folders,
 )
 
 
@@ -38,7 +39,7 @@ def demo(out: Out = Path("demo"), model: ModelName = "smollm2", backend: Backend
 
     with readable_errors():
         report = run_demo(load(model, backend), out, seed=seed)
-    say(f"[bold]Open {report} in a browser.[/bold]")
+    say(f"Open {report} in a browser.")
 
 
 @app.command()
@@ -121,6 +122,7 @@ def extract(
 
         suite, chosen = read_tasks(task, file, instruction), HeadEffects.load(heads).top(top)
         hooked, sections = load(model, backend, adapter, device), []
+        folders = vector_folders(out, suite)
         for one in suite.values():
             vector = extract_vector(hooked, one, chosen, shots=shots, style=style, n_prompts=n_prompts, seed=seed)
             items: list[Any] = [vector.plot()]
@@ -128,7 +130,7 @@ def extract(
                 search = tune_injection(hooked, one, vector, style=style, seed=seed)
                 vector = search.best
                 items.append(search.plot())
-            vector.save(out / one.name)
+            vector.save(folders[one.name])
             rows.append({"task": one.name, "norm": vector.norm(), "layer": vector.layer, "scale": vector.scale})
             sections.append(Section(one.name, repr(vector), items))
         write_report(out / "report.html", title="Instruction vectors", sections=sections, about={"model": model})
@@ -138,7 +140,7 @@ def extract(
 
 @app.command()
 def steer(
-    vector: Annotated[Path, typer.Argument(help="Folder of a vector, as `ivlens extract` writes it, or a hub id")],
+    vector: Annotated[str, typer.Argument(help="Folder of a vector, as `ivlens extract` writes it, or a hub id")],
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue, such as 'Q: walk\\nA:'")],
     model: ModelName = "smollm2",
     backend: BackendName = "auto",
@@ -199,7 +201,8 @@ def evaluate(
         from ivlens.vectors.vector import InstructionVector
 
         suite = read_tasks(task, file, instruction)
-        loaded = None if vectors is None else {name: InstructionVector.load(vectors / name) for name in suite}
+        folders = {} if vectors is None else vector_folders(vectors, suite)
+        loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}
         result = score(
             load(model, backend, adapter, device),
@@ -247,9 +250,7 @@ def models() -> None:
     from ivlens.models.loading import BUILT_IN
     from ivlens.models.smollm2 import cache_folder
 
-    say(
-        f"Built in, offline: [bold]{', '.join(BUILT_IN)}[/bold] (SmolLM2-135M-Instruct, converted once to {cache_folder()})"
-    )
+    say(f"Built in, offline: {', '.join(BUILT_IN)} (SmolLM2-135M-Instruct, converted once to {cache_folder()})")
     say(
         "Any hub id or local folder that transformer-lens hooks, a .gguf file, and from Python any Hugging Face or PEFT model"
     )

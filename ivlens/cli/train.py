@@ -68,7 +68,8 @@ def train(
         if not task and not file:
             raise ValueError("name a task to train on, or give --file; `ivlens tasks` lists the built-in ones")
         suite = read_tasks(task, file, instruction)
-        loaded = None if vectors is None else {name: InstructionVector.load(vectors / name) for name in suite}
+        folders = {} if vectors is None else vector_folders(vectors, suite)
+        loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         run = fine_tune(
             model,
             suite,

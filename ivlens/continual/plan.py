@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ivlens.common.tables import table_html
 from ivlens.continual.experiment import Experiment, Stop
 from ivlens.continual.scoring import scored_prompts
 from ivlens.models.backends import backend_of
@@ -54,7 +55,7 @@ class Plan:
         )
 
     def _repr_html_(self) -> str:
-        return self.stages.to_html(index=False)  # escapes
+        return table_html(self.stages, index=False)
 
 
 def plan(experiment: Experiment) -> Plan:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ivlens.common.storage import read_json, write_json
+from ivlens.common.tables import table_html
 from ivlens.continual.metrics import MEASURES, cut_in_forgetting, interval, resampled
 
 if TYPE_CHECKING:
@@ -188,9 +189,7 @@ class ContinualResults:
         return f"{self._title()}\n{self.table().to_string()}"
 
     def _repr_html_(self) -> str:
-        import html
-
-        return f"<p>{html.escape(self._title())}</p>{self.table().to_html()}"  # escapes
+        return table_html(self.table(), title=self._title())
 
     def _title(self) -> str:
         n_seeds = len(set(self.scores.loc[self.scores["method"] != "base", "seed"]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivlens.common.statistics import correlation, wilson
 from ivlens.common.storage import read_json, write_json
+from ivlens.common.tables import table_html
 from ivlens.dynamics.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -204,6 +205,4 @@ class Change:
         )
 
     def _repr_html_(self) -> str:
-        import html
-
-        return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().round(3).to_html(index=False)
+        return table_html(self.to_dataframe().round(3), title=repr(self), index=False)

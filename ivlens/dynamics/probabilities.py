@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ivlens.common.statistics import bootstrap_mean, sign_flip
 from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.common.tables import table_html
 from ivlens.models.backends import backend_of
 from ivlens.running.reading import read_prompts
 from ivlens.running.tokens import tokenize
@@ -95,7 +96,7 @@ class AnswerProbabilities:
         return f"AnswerProbabilities\n{self.to_dataframe().round(4).to_string(index=False)}"
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().round(4).to_html(index=False)  # escapes
+        return table_html(self.to_dataframe().round(4), index=False)
 
 
 @torch.inference_mode()

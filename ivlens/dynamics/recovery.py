@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ivlens.common.statistics import bootstrap_share, wilson
 from ivlens.common.storage import read_json, write_json
+from ivlens.common.tables import table_html
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,9 +151,7 @@ class Recovery:
         return f"Recovery(share of the lost accuracy returned, {pairs} checkpoint-task pairs that lost some: {told})"
 
     def _repr_html_(self) -> str:
-        import html
-
-        return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().round(3).to_html(index=False)
+        return table_html(self.to_dataframe().round(3), title=repr(self), index=False)
 
 
 def _share(hits: pd.DataFrame, seed: int) -> tuple[tuple[float, float, float], np.ndarray, dict[str, int]]:

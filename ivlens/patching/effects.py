@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ivlens.common.statistics import benjamini_hochberg, bootstrap_mean, resampled_means, sign_flip, standard_error
 from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.common.tables import table_html
 from ivlens.models.head import Head
 
 if TYPE_CHECKING:
@@ -185,6 +186,4 @@ class HeadEffects:
         return f"HeadEffects({what}, {n}, {layers} layers × {heads} heads, {self.metric}; strongest: {best})"
 
     def _repr_html_(self) -> str:
-        import html
-
-        return f"<p>{html.escape(repr(self))}</p>" + self.to_dataframe().head(10).round(4).to_html()
+        return table_html(self.to_dataframe().head(10).round(4), title=repr(self))

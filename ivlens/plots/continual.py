@@ -166,15 +166,8 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
     figure.update_xaxes(**bare())
     figure.update_yaxes(**bare())
     figure.update_annotations(font_size=13, yshift=2)
-    bar = {
-        "len": min(260, height),
-        "lenmode": "pixels",
-        "y": 1,
-        "yanchor": "top",
-        "x": 1 + 14 / width,
-        "xanchor": "left",
-    }
-    colorbar(figure, "points", **bar)
+    bar = {"len": min(260, height), "lenmode": "pixels", "y": 1, "yanchor": "top"}
+    colorbar(figure, "points", **bar, x=1 + 14 / width, xanchor="left")
     notes = [f"mean score, {_amounts(results)} · outlined: the task just trained on"]
     notes[0] += " · right of the line: general tasks, not trained on" if len(columns) > n_trained else ""
     room = 7 * max(map(len, columns))
@@ -299,9 +292,4 @@ def _amounts(results: ContinualResults) -> str:
     return f"{span(base.groupby(['kind', 'task', 'shots']).size())} prompts each, {_seeds(results)}"
 
 
-KINDS = {
-    "scatter": _plot_scatter,
-    "matrix": _plot_matrix,
-    "similarity": _plot_similarity,
-    "general": _plot_general,
-}
+KINDS = {"scatter": _plot_scatter, "matrix": _plot_matrix, "similarity": _plot_similarity, "general": _plot_general}

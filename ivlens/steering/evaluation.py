@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ivlens.common.statistics import bootstrap_mean, wilson
 from ivlens.common.storage import read_json, write_json
+from ivlens.common.tables import table_html
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
@@ -152,7 +153,7 @@ class Evaluation:
         )
 
     def _repr_html_(self) -> str:
-        return self._table().to_html()  # escapes
+        return table_html(self._table())
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ivlens.common.tables import table_html
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
 from ivlens.running.positions import Injection
@@ -46,11 +47,10 @@ class Generations:
         return pd.DataFrame({"prompt": self.prompts, **self.texts})
 
     def _repr_html_(self) -> str:
-        frame = self.to_dataframe()
-        return frame.to_html(index=False)  # escapes
+        return table_html(self.to_dataframe(), index=False)
 
     def __repr__(self) -> str:
-        return self.to_dataframe().map(lambda text: repr(text)[1:-1]).to_string(index=False, max_colwidth=60)
+        return self.to_dataframe().map(lambda text: repr(text)[1:-1]).to_string(index=False)
 
 
 def generate(

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from ivlens.common.hints import hint
+from ivlens.common.tables import table_html
 from ivlens.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class TaskSuite(Mapping[str, Task]):
         return f"TaskSuite({len(self)} tasks: {', '.join(self._tasks)})"
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html()  # escapes
+        return table_html(self.to_dataframe())
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
