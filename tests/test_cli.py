@@ -254,6 +254,7 @@ folder: sequence
     return f"{folder / 'run.yaml'}"
 
 
+@pytest.mark.slow
 def test_continual_plans_runs_and_reports(folder, trained, config):
     assert "to train" in run("continual", config, "--dry-run") and not (folder / "sequence").exists()
     output = run("continual", config)

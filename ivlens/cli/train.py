@@ -22,6 +22,7 @@ from ivlens.cli.common import (
     read_tasks,
     readable_errors,
     say,
+    vector_folders,
 )
 
 if TYPE_CHECKING:
