@@ -24,7 +24,8 @@ TaskNames = Annotated[
 TaskFiles = Annotated[
     list[Path] | None,
     typer.Option(
-        "--file", help="Your own task: .jsonl, .json or .csv with input and output; may be given several times"
+        "--file",
+        help="Your own task: .jsonl, .json, .csv, .tsv or .parquet with input and output; may be given several times",
     ),
 ]
 Told = Annotated[
