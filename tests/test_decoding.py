@@ -213,7 +213,9 @@ def test_where_only_one_text_matters_decoding_ends_once_it_is_out_of_reach(model
 
     def decoded(*wanted):
         passes.clear()
-        (found,) = complete(backend, rows, {"": None}, max_new_tokens=8, stop=None, wanted=wanted).values()
+        (found,) = complete(
+            backend, rows, {"": None}, max_new_tokens=8, stop=None, wanted=[[w] for w in wanted]
+        ).values()
         return found.texts, len(passes)
 
     right = [text.strip() for text in free.texts]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ivlens.models.backend import Backend
 from ivlens.running.decoding import choose, complete
-from ivlens.running.scores import rouge_scorer
+from ivlens.running.scores import exact_match, rouge_l, words
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.task import Task
@@ -69,8 +69,8 @@ def scored_prompts(
 
 def free_text(task: Task) -> bool:
     """Whether answers are of more than five words on average, and so not to be matched exactly (our choice)."""
-    answers = [x.output.split() for x in (*task.train, *task.test)[:200]]
-    return sum(map(len, answers)) / len(answers) > 5
+    answers = [words(x.output) for x in (*task.train, *task.test)[:200]]
+    return sum(answers) / len(answers) > 5
 
 
 def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Scoring) -> list[float]:
@@ -79,7 +79,7 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
     if all(prompt.query.choices for prompt in prompts):
         return _choice_hits(backend, prompts, rows, scoring.batch_size)
     overlap = scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task))
-    answers = [prompt.query.output.strip() for prompt in prompts]
+    answers = [prompt.query.answers for prompt in prompts]
     options: dict[str, Any] = {
         "max_new_tokens": max(len(row.answer) for row in rows) + 1,
         "stop": common_stop(prompts),
@@ -87,11 +87,9 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
         "batch_size": scoring.batch_size,
     }
     found = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, **options)[""].texts
-    texts = [text.strip() for text in found]
     if overlap:
-        scorer = rouge_scorer()
-        return [scorer.score(answer, text)["rougeL"].fmeasure for answer, text in zip(answers, texts)]
-    return [float(answer == text) for answer, text in zip(answers, texts)]
+        return [rouge_l(text, right) for right, text in zip(answers, found)]
+    return [exact_match(backend.tokenizer, text, right) for right, text in zip(answers, found)]
 
 
 def _choice_hits(backend: Backend, prompts: list[Prompt], rows: Iterable[Any], batch_size: int) -> list[float]:
@@ -103,5 +101,5 @@ def _choice_hits(backend: Backend, prompts: list[Prompt], rows: Iterable[Any], b
         choices = prompt.query.choices or ()
         # Per character, so that a long option isn't unlikely for its length alone.
         best = max(range(len(choices)), key=lambda k: values[k] / len(choices[k]))
-        hits.append(float(choices[best] == prompt.query.output))
+        hits.append(float(choices[best] in prompt.query.answers))
     return hits

@@ -63,6 +63,14 @@ class Backend(ABC):
         return self.model.tokenizer
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All tokens that end an answer: the tokenizer's, and those that the model's own generation stops at."""
+        config = getattr(getattr(self.model, "original_model", self.model), "generation_config", None)
+        ends = [self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+        flat = [x for end in ends if end is not None for x in (end if isinstance(end, (list, tuple)) else [end])]
+        return tuple(dict.fromkeys(flat))
+
+    @property
     def device(self) -> torch.device:
         """Where token tensors go (the device of the embedding)."""
         return next((p.device for p in self.model.parameters() if not p.is_meta), torch.device("cpu"))

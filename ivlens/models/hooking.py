@@ -150,6 +150,7 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     model.move_model_modules_to_device()
+    model.generation_config = hf_model.generation_config  # which tokens end an answer
     model.eval()
     return model
 

@@ -32,6 +32,7 @@ def locate_heads(
     shots: int = 10,
     instruction: bool | str | int = False,
     style: str = "qa",
+    template: Mapping[str, Any] | None = None,
     counterfactual: str = "shuffled_labels",
     metric: str = "probability",
     n_prompts: int = 25,
@@ -50,7 +51,7 @@ def locate_heads(
 
     Parameters
     ----------
-    shots, instruction, style
+    shots, instruction, style, template
         How the stating prompts look; see `build_prompts`.
     counterfactual
         How the instruction is destroyed: `shuffled_labels`, `no_instruction`, `other_instruction`, `random_text`.
@@ -89,7 +90,13 @@ def locate_heads(
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
-            options: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "split": "train"}
+            options: dict[str, Any] = {
+                "shots": shots,
+                "instruction": instruction,
+                "style": style,
+                "template": template,
+                "split": "train",
+            }
             clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
             broken = _changed(backend, clean, counterfactual, list(suite.values()), seed)
             wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
 from ivlens.models.comparison import without_training
-from ivlens.running.batches import out_of_memory
+from ivlens.running.batches import in_batches
 from ivlens.running.positions import Injection
-from ivlens.running.scores import check_finite
+from ivlens.running.scores import check_finite, normalized
 from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left
 
 __all__ = ["Completions", "choose", "complete"]
@@ -43,7 +42,7 @@ def complete(
     *,
     max_new_tokens: int | None = None,
     stop: str | None = "\n",
-    wanted: Sequence[str] | None = None,
+    wanted: Sequence[Sequence[str]] | None = None,
     batch_size: int = 64,
     bar: tqdm | None = None,
 ) -> dict[Hashable, Completions]:
@@ -57,7 +56,7 @@ def complete(
     max_new_tokens
         How far to decode; None scores the prompts' answers only.
     wanted
-        Per prompt, the only text that matters: decoding ends early where it can't become this.
+        Per prompt, the only texts that matter: decoding ends early where it can become none of them.
     """
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     reader = _Reader(backend, rows)
@@ -75,14 +74,16 @@ def complete(
                 for i, f, lp in zip(index, first, log_probability):
                     done[name].first_token[i], done[name].log_probability[i] = f, lp
             if max_new_tokens:
-                only = None if wanted is None else [wanted[i] for i in index]
+                only = (
+                    None if wanted is None else [[normalized(backend.tokenizer, x) for x in wanted[i]] for i in index]
+                )
                 texts = _decode(_Run(backend, tokens, mask, cache, injection), max_new_tokens, stop, only)
                 for i, text in zip(index, texts):
                     done[name].texts[i] = text
             if bar is not None:
                 bar.update(len(index))
 
-    _in_batches(backend, rows, batch_size, work)
+    in_batches([len(row.prompt) for row in rows], batch_size, _padded(backend, rows, work))
     return done
 
 
@@ -108,29 +109,17 @@ def choose(
         for i, values in zip(index, zip(*columns)):
             found[i] = list(values[: len(choices[i])])
 
-    _in_batches(backend, rows, batch_size, work)
+    in_batches([len(row.prompt) for row in rows], batch_size, _padded(backend, rows, work))
     return found
 
 
-def _in_batches(
-    backend: Backend,
-    rows: Sequence[TokenizedPrompt],
-    batch_size: int,
-    work: Callable[[list[int], Tensor, Tensor], None],
-) -> None:
-    """Prompts of like length together: their numbers, tokens padded on the left, and mask. Halved where memory runs out."""
-    left = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    while left:
-        index = left[:batch_size]
-        try:
-            work(index, *pad_left([rows[i].prompt for i in index], rows[index[0]].prompt[0], backend.device))
-        except RuntimeError as error:
-            if not out_of_memory(error) or len(index) == 1:
-                raise
-            batch_size = len(index) // 2
-            warnings.warn(f"out of memory; going on with batch_size={batch_size}", stacklevel=4)
-            continue
-        left = left[batch_size:]
+def _padded(
+    backend: Backend, rows: Sequence[TokenizedPrompt], work: Callable[[list[int], Tensor, Tensor], None]
+) -> Callable[[list[int]], None]:
+    """`work` with the prompts' tokens, padded on the left, and their mask."""
+    return lambda index: work(
+        index, *pad_left([rows[i].prompt for i in index], rows[index[0]].prompt[0], backend.device)
+    )
 
 
 class _Reader:
@@ -230,9 +219,9 @@ def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], li
     return first, torch.where(counted, per_token, 0.0).sum(-1).tolist()
 
 
-def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[str] | None) -> list[str]:
+def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[Sequence[str]] | None) -> list[str]:
     tokenizer, rows = run.backend.tokenizer, len(run.fed)
-    ends = set(_as_list(tokenizer.eos_token_id))
+    ends = set(run.backend.end_tokens)
     written: list[list[int]] = [[] for _ in range(rows)]
     texts, open_rows = [""] * rows, set(range(rows))
     logits = run.first()
@@ -251,7 +240,7 @@ def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[s
                 lead = len(texts[row]) - len(texts[row].lstrip())
                 texts[row] = texts[row][:lead] + texts[row].lstrip().split(stop)[0]
                 open_rows.discard(row)
-            elif wanted is not None and not _may_become(texts[row], wanted[row]):
+            elif wanted is not None and not any(_may_become(normalized(tokenizer, texts[row]), x) for x in wanted[row]):
                 open_rows.discard(row)
         if not open_rows or step == max_new_tokens - 1:
             break
@@ -263,7 +252,3 @@ def _may_become(text: str, wanted: str) -> bool:
     """Whether more tokens can make this text that one, but for white space, which some tokenizers take back later."""
     begun, whole = ("".join(x.split()) for x in (text, wanted))
     return whole.startswith(begun.rstrip("\ufffd"))  # half a character
-
-
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
 from ivlens.models.comparison import without_training
+from ivlens.running.batches import in_batches
 from ivlens.running.scores import measure
 from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
 
@@ -57,17 +58,16 @@ def read_prompts(
     position
         Where to read activations, counted from the prompt's end: -1 is its last token.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))  # little padding
-    place = torch.empty(len(rows), dtype=torch.long)
-    place[order] = torch.arange(len(rows))
-    kept: dict[str, list[Tensor]] = {}
-    for start in range(0, len(order), batch_size):
-        batch = [rows[i] for i in order[start : start + batch_size]]
-        for name, values in _read_batch(backend, batch, z, resid, position).items():
-            kept.setdefault(name, []).append(values)
+    kept: dict[str, dict[int, Tensor]] = {}
+
+    def work(index: list[int]) -> None:
+        for name, values in _read_batch(backend, [rows[i] for i in index], z, resid, position).items():
+            kept.setdefault(name, {}).update(zip(index, values))
         if bar is not None:
-            bar.update(len(batch))
-    found = {name: torch.cat(parts)[place] for name, parts in kept.items()}
+            bar.update(len(index))
+
+    in_batches([len(row.prompt) for row in rows], batch_size, work)
+    found = {name: torch.stack([parts[i] for i in range(len(rows))]) for name, parts in kept.items()}
     return Reading(found.pop("z", None), found.pop("resid", None), found)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["METRICS", "check_finite", "measure"]
+__all__ = ["METRICS", "check_finite", "exact_match", "measure", "normalized", "rouge_l", "rouge_scorer", "words"]
 
 WHOLE_ANSWER = ("log_probability", "accuracy")  # the others look at its first token only
 METRICS = ("probability", "log_probability", "logit", "logit_difference", "accuracy")
@@ -65,8 +69,58 @@ def check_metric(metric: str) -> None:
         raise ValueError(f"metric={metric!r} is unknown; choose one of {', '.join(METRICS)}")
 
 
+# -- by text ------------------------------------------------------------------------------------------------------------
+
+
+def exact_match(tokenizer: Any, text: str, answers: Sequence[str]) -> float:
+    """1 where the text is one of the right answers, but for white space around it."""
+    return float(normalized(tokenizer, text) in {normalized(tokenizer, answer) for answer in answers})
+
+
+def rouge_l(text: str, answers: Sequence[str]) -> float:
+    """ROUGE-L (F1) with the nearest of the right answers."""
+    scorer = rouge_scorer()
+    return max(scorer.score(answer, text)["rougeL"].fmeasure for answer in answers)
+
+
+def normalized(tokenizer: Any, text: str) -> str:
+    """As the tokenizer's own normalization has it, which a model can't undo: composed letters, say, or lower case."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return (text if normalizer is None else normalizer.normalize_str(text)).strip()
+
+
+class _Words:
+    """Words of any script; single characters of those that put no spaces between words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        words: list[str] = []
+        open_word = False
+        for c in unicodedata.normalize("NFC", text.casefold()):
+            if unicodedata.category(c)[0] not in "LNM":
+                open_word = False
+            elif open_word and not _UNSPACED.match(c):
+                words[-1] += c
+            else:
+                words.append(c)
+                open_word = not _UNSPACED.match(c)
+        return words
+
+
+# Chinese characters, kana, Thai, Lao, Burmese, Khmer
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
+)
+
+
+@cache
 def rouge_scorer() -> Any:
-    """Gives ROUGE-L."""
+    """Gives ROUGE-L, of words as `_Words` has them: those of the library's own tokenizer in English, and in every other script."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"])
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def words(text: str) -> float:
+    """How many words a text has, two characters counting as one in scripts that put no spaces between them."""
+    unspaced = len(_UNSPACED.findall(text))
+    return len(_UNSPACED.sub(" ", text).split()) + unspaced / 2

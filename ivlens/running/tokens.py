@@ -43,15 +43,22 @@ def tokenize(
     if not len(prompts):
         raise ValueError("no prompts given; pass at least one")
     if answers is None and all(isinstance(p, Prompt) for p in prompts):
-        answers = [p.answer for p in prompts]
+        answers = [p.answered(backend.tokenizer)[0] for p in prompts]
     if answers is not None and len(answers) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt")
     out = []
     for i, prompt in enumerate(prompts):
         ids = _encode_prompt(backend, prompt)
         answer = () if answers is None else _encode_answer(backend, prompt, ids, answers[i])
+        if answer and isinstance(prompt, Prompt) and prompt.style == "chat" and not prompt.query.choices:
+            # The template's own tokens, where the answer begins within one of those that the prompt alone would end with.
+            together = _encode_prompt(backend, prompt, answers[i])
+            same = next((k for k, (a, b) in enumerate(zip(ids, together)) if a != b), len(ids))
+            ids, answer = together[:same], together[same:]
         # " 7" may be a space token and a digit: the answer's first token should be one that says something.
-        while isinstance(prompt, Prompt) and len(answer) > 1 and not backend.tokenizer.decode([answer[0]]).strip():
+        # Not where options are scored, whose prompt must not know which of them is right.
+        settled = isinstance(prompt, Prompt) and not prompt.query.choices
+        while settled and len(answer) > 1 and not backend.tokenizer.decode([answer[0]]).strip():
             ids, answer = ids + answer[:1], answer[1:]
         if not ids:
             raise ValueError(f"prompt {i} tokenizes to nothing; give it some text")
@@ -71,25 +78,53 @@ def tokenize(
     return out
 
 
-def _encode_prompt(backend: Backend, prompt: Prompt | str | Tensor) -> tuple[int, ...]:
+def _encode_prompt(backend: Backend, prompt: Prompt | str | Tensor, more: str = "") -> tuple[int, ...]:
+    """The prompt's tokens, and those of a text that follows it."""
     if isinstance(prompt, Tensor):
         return tuple(prompt.flatten().tolist())
-    tokenizer = backend.tokenizer
-    text = prompt.render(tokenizer) if isinstance(prompt, Prompt) else prompt
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    tokenizer, chat = backend.tokenizer, isinstance(prompt, Prompt) and prompt.style == "chat"
+    if isinstance(prompt, str):  # one's own text, in which a special token is meant
+        ids = tokenizer.encode(prompt + more, add_special_tokens=False)
+    elif chat:
+        ids = _encode_chat(tokenizer, prompt, more)
+    else:
+        ids = _encode_data(tokenizer, prompt.render() + more)
     bos = tokenizer.bos_token_id
-    if bos is not None and getattr(backend.model.cfg, "default_prepend_bos", True) and ids[:1] != [bos]:
+    prepends = not chat and getattr(backend.model.cfg, "default_prepend_bos", True)  # a template has its own, or none
+    if bos is not None and prepends and ids[:1] != [bos]:
         ids = [bos, *ids]
     return tuple(ids)
 
 
+def _encode_data(tokenizer: Any, text: str) -> list[int]:
+    """Data is text: where it looks like a special token, it isn't one."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def _encode_chat(tokenizer: Any, prompt: Prompt, more: str) -> list[int]:
+    """The template's special tokens, and text that looks like them as text."""
+    text, data = prompt.render(tokenizer), prompt.data()
+    special = [t for t in tokenizer.all_special_tokens if any(t in part for part in (*data, more))]
+    if not special:
+        return tokenizer.encode(text + more, add_special_tokens=False)
+    ids, start = [], 0
+    for part in data:  # templates may drop white space around a text
+        at = text.find(part.strip(), start)
+        if at < 0:
+            raise ValueError(
+                f"the chat template changes a text that holds the special token {special[0]!r}: {part[:60]!r}; leave it out"
+            )
+        ids += tokenizer.encode(text[start:at], add_special_tokens=False) + _encode_data(tokenizer, part.strip())
+        start = at + len(part.strip())
+    return ids + tokenizer.encode(text[start:], add_special_tokens=False) + _encode_data(tokenizer, more)
+
+
 def _encode_answer(backend: Backend, prompt: Any, ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
-    alone = tuple(backend.tokenizer.encode(answer, add_special_tokens=False))
+    alone = tuple(_encode_data(backend.tokenizer, answer))
     if isinstance(prompt, Tensor) or not alone:
         return alone
     # Tokenized together where that leaves the prompt's tokens alone: some tokenizers add a space to a text's beginning.
-    text = prompt.render(backend.tokenizer) if isinstance(prompt, Prompt) else prompt
-    together = _encode_prompt(backend, text + answer)
+    together = _encode_prompt(backend, prompt, answer)
     return together[len(ids) :] if together[: len(ids)] == ids and len(together) > len(ids) else alone
 
 

@@ -16,7 +16,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
 from ivlens.running.positions import Injection
-from ivlens.running.scores import rouge_scorer
+from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import tokenize
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
@@ -170,6 +170,7 @@ def evaluate(
     scale: float | None = None,
     positions: str = "last",
     mode: str = "sum",
+    template: Mapping[str, Any] | None = None,
     controls: Sequence[str] = CONTROLS,
     draws: int = 2,
     reference_shots: int | None = None,
@@ -214,6 +215,7 @@ def evaluate(
         "style": style,
         "split": split,
         "n": n_prompts,
+        "template": template,
         "seed": seed,
     }
     options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
@@ -262,16 +264,14 @@ def _score(
     done = complete(
         backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=common_stop(prompts), batch_size=batch_size
     )
-    rouge = rouge_scorer() if "rouge_l" in metrics else None
     rows = []
     for (condition, draw), result in done.items():
         for i, prompt in enumerate(prompts):
             answer, text = prompt.query.output, result.texts[i].strip()
             values = {"first_token": result.first_token[i], "probability": math.exp(result.log_probability[i])}
             if generated:
-                values["exact_match"] = float(text == answer.strip())
-            if rouge is not None:
-                values["rouge_l"] = rouge.score(answer, text)["rougeL"].fmeasure
+                values["exact_match"] = exact_match(backend.tokenizer, text, prompt.query.answers)
+                values["rouge_l"] = rouge_l(text, prompt.query.answers) if "rouge_l" in metrics else 0.0
             row = {
                 "task": task.name,
                 "condition": condition,

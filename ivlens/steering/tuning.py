@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,7 @@ def tune_injection(
     shots: int = 0,
     instruction: bool | str | int = False,
     style: str = "qa",
+    template: Mapping[str, Any] | None = None,
     n_prompts: int | None = None,
     split: str = "valid",
     method: str = "auto",
@@ -99,7 +100,7 @@ def tune_injection(
         stands at the edge, or nothing is better than no vector.
     goal
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
-    shots, instruction, style
+    shots, instruction, style, template
         How the prompts look; see `build_prompts`.
     """
     if goal not in ("induce", "suppress"):
@@ -109,9 +110,8 @@ def tune_injection(
     layers = tuple(backend.check_layer(x) for x in (range(backend.n_layers) if layers is None else layers))
     sign = 1.0 if goal == "induce" else -1.0
     scales = tuple(sign * s for s in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)) if scales is None else tuple(scales)
-    prompts = build_prompts(
-        task, n=n_prompts, shots=shots, instruction=instruction, style=style, split=split, seed=seed
-    )
+    look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
+    prompts = build_prompts(task, n=n_prompts, split=split, **look)
     tries = [
         Edit({layer: scale * v.vector})
         for layer in layers

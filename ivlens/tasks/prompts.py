@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ivlens.tasks.chat import answer_in_chat, render_chat
 from ivlens.tasks.task import Example, Task, same_input
 
 __all__ = ["STYLES", "Prompt", "build_prompts", "common_stop"]
@@ -34,6 +35,8 @@ class Prompt:
         `qa` ("Q: …\\nA: …"), `plain` (lines only) or `chat` (the tokenizer's own template).
     task
         Name of the task it was built from.
+    template
+        Options of the chat template, by name; see `build_prompts`.
     source
         Where the query stands in it, for messages.
     """
@@ -43,6 +46,7 @@ class Prompt:
     instruction: str | None = None
     style: str = "qa"
     task: str = ""
+    template: tuple[tuple[str, Any], ...] = ()
     source: str = field(default="", compare=False)
 
     @property
@@ -59,7 +63,7 @@ class Prompt:
         'Q: walk\\nA: walked\\n\\nQ: go\\nA:'
         """
         if self.style == "chat":
-            return self._render_chat(tokenizer)
+            return render_chat(tokenizer, self._turns(), dict(self.template))
         head = [self.instruction] if self.instruction else []
         if self.style == "qa":
             shown = [f"Q: {x.input}\nA: {x.output}" for x in self.demonstrations]
@@ -67,19 +71,25 @@ class Prompt:
         shown = [f"{x.input}\n{x.output}" for x in self.demonstrations]
         return "\n\n".join([*head, *shown, f"{self.query.input}\n"])
 
-    def _render_chat(self, tokenizer: Any) -> str:
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                "style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain' for this model"
-            )
+    def answered(self, tokenizer: Any) -> tuple[str, str]:
+        """The answer as it continues the rendered prompt, and what ends it (nothing but in style `chat`)."""
+        if self.style != "chat":
+            return self.answer, ""
+        return answer_in_chat(tokenizer, self._turns(), self.query.output, dict(self.template))
+
+    def data(self) -> list[str]:
+        """The texts in it that come from data, in the order they stand."""
+        shown = [text for x in self.demonstrations for text in (x.input, x.output)]
+        return [*([self.instruction] if self.instruction else []), *shown, self.query.input]
+
+    def _turns(self) -> list[dict[str, str]]:
         turns: list[dict[str, str]] = []
         lead = f"{self.instruction}\n\n" if self.instruction else ""
         for example in self.demonstrations:
             turns.append({"role": "user", "content": lead + example.input})
             turns.append({"role": "assistant", "content": example.output})
             lead = ""
-        turns.append({"role": "user", "content": lead + self.query.input})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return [*turns, {"role": "user", "content": lead + self.query.input}]
 
 
 def common_stop(prompts: Sequence[Prompt]) -> str | None:
@@ -95,6 +105,7 @@ def build_prompts(
     instruction: bool | str | int = False,
     style: str = "qa",
     split: str = "train",
+    template: Mapping[str, Any] | None = None,
     seed: int = 0,
     repeat: bool = False,
 ) -> list[Prompt]:
@@ -108,6 +119,9 @@ def build_prompts(
     instruction
         False for the bare query, True for a paraphrase drawn per prompt, a number for that paraphrase, or your own text. Examples
         with an instruction of their own keep it.
+    template
+        In style `chat`: `system` (a system prompt), `date` (default 2025-01-01), and what the tokenizer's template takes, such as
+        `enable_thinking` (default False where it knows that).
     repeat
         Queries may repeat without a word: for training, and for means.
 
@@ -134,6 +148,7 @@ def build_prompts(
         rng.shuffle(numbered)
         numbered = [numbered[i % len(numbered)] for i in range(n)]
     pool = list(dict.fromkeys(task.train)) if shots else []
+    told = tuple(sorted((template or {}).items()))
     prompts = []
     for number, query in numbered:
         others = [x for x in pool if x.input != query.input]
@@ -144,7 +159,7 @@ def build_prompts(
             )
         text = _instruction(task, query, instruction, rng)
         shown = tuple(rng.sample(others, shots))
-        prompts.append(Prompt(query, shown, text, style, task.name, f"{split} example {number}"))
+        prompts.append(Prompt(query, shown, text, style, task.name, told, f"{split} example {number}"))
     return prompts
 
 

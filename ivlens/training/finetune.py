@@ -51,6 +51,7 @@ def fine_tune(
     shots: int = 0,
     instruction: bool | str | int = True,
     style: str = "qa",
+    template: Mapping[str, Any] | None = None,
     save_every: int | None = None,
     tokenizer: Any = None,
     dtype: str | torch.dtype = "float32",
@@ -76,7 +77,7 @@ def fine_tune(
     lora
         True for rank 8, alpha 16, dropout 0.1 on the query and value projections (as in the code of arXiv 2502.11019), a
         peft config of your own, or False to train every weight.
-    shots, instruction, style
+    shots, instruction, style, template
         How the prompts look; see `build_prompts`. Each example gets a wording of its own.
     save_every
         Keep a checkpoint every so many steps; None for the final one only.
@@ -101,7 +102,13 @@ def fine_tune(
         check_stackable(lora)
     before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
-    look: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
+    look: dict[str, Any] = {
+        "shots": shots,
+        "instruction": instruction,
+        "style": style,
+        "template": template,
+        "seed": seed,
+    }
     n = rows_needed(steps, batch_size, arguments)
     dataset = training_rows(tokenizing_backend(hf_model, tokenizer, label), suite, n, look)
     settings = {

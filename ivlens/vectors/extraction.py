@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def extract_vector(
     shots: int = 10,
     instruction: bool | str | int = False,
     style: str = "qa",
+    template: Mapping[str, Any] | None = None,
     n_prompts: int = 50,
     only_correct: bool = False,
     seed: int = 0,
@@ -85,7 +86,7 @@ def extract_vector(
         A task (training split), or your own list of `Prompt`.
     heads
         The instruction heads, or `HeadEffects` to take its ten best.
-    shots, instruction, style
+    shots, instruction, style, template
         How the prompts look; see `build_prompts`.
     n_prompts
         How many prompts the mean is taken over.
@@ -96,12 +97,12 @@ def extract_vector(
         "shots": shots,
         "instruction": instruction,
         "style": style,
+        **({"template": dict(template)} if template else {}),
         "seed": seed,
     }
     if isinstance(task, Task):
-        prompts = build_prompts(
-            task, n=n_prompts, shots=shots, instruction=instruction, style=style, split="train", seed=seed, repeat=True
-        )
+        look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
+        prompts = build_prompts(task, n=n_prompts, split="train", repeat=True, **look)
         about["task"] = task.name
     else:
         prompts = list(task)
