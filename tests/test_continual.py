@@ -23,7 +23,7 @@ from ivlens.training.guidance import Guidance
 from ivlens.training.methods import EWC, Guided
 from tests import tiny
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # most share one whole run
 
 OPTIONS = {
     "steps": 2,
