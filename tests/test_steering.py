@@ -260,6 +260,20 @@ def test_generate_inside_inject_is_steered_too(model, vector):
         assert ivl.generate(model, prompts, **options)["no vector"] == expected
 
 
+@pytest.mark.parametrize("positions", list(PLACES))
+def test_one_vector_per_prompt_follows_its_prompt_through_batches_sorted_by_length(model, positions):
+    prompts = ["Q: jump\nA: jumped\n\nQ: look\nA:", "Q: walk\nA:", "Q: jump\nA: jumped\n\nQ: talk\nA:"] * 2
+    vectors = 4 * torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    options = {"layer": 1, "positions": positions, "max_new_tokens": 5, "stop": None}
+    alone = [ivl.generate(model, [p], vector=v, **options)["+ vector"][0] for p, v in zip(prompts, vectors)]
+    assert len(set(alone)) > 3
+    assert ivl.generate(model, prompts, vector=vectors, batch_size=4, **options)["+ vector"] == alone
+    with pytest.raises(ValueError, match="the vector has 5 rows for 6 prompts"):
+        ivl.generate(model, prompts, vector=vectors[:5], **options)
+    with pytest.raises(ValueError, match="positions is a tensor"):
+        ivl.generate(model, prompts, vector=vectors, **{**options, "positions": torch.tensor([1] * 6)})
+
+
 # -- bad input ----------------------------------------------------------------------------------------------------------
 
 

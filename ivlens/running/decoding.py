@@ -59,6 +59,8 @@ def complete(
         Per prompt, the only texts that matter: decoding ends early where it can become none of them.
     """
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
+    for injection in filter(None, injections.values()):
+        injection.check_rows(len(rows))
     reader = _Reader(backend, rows)
 
     def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
@@ -66,6 +68,8 @@ def complete(
         plain = reader.read(tokens, mask)
         for name, injection in injections.items():
             everywhere = injection is not None and injection.positions == "all"
+            if injection is not None and injection.per_row:
+                injection = injection.of_rows(index)
             cache = reader.read(tokens, mask, injection) if everywhere else plain
             if batch[0].answer:
                 first, log_probability = _score(
@@ -136,7 +140,7 @@ class _Reader:
         """Keys and values of all but the last prompt token (None for prompts of one token, and under others' hooks)."""
         if tokens.shape[1] == 1 or self.hooked:
             return None
-        n = len(self.beginning)
+        n = 0 if injection is not None and injection.per_row else len(self.beginning)
         if n < LEAST_SHARED:
             n, cache = 0, self.backend.new_cache(tokens.shape[0])
         else:

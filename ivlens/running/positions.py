@@ -72,6 +72,25 @@ class Injection:
             )
         return cls({backend.check_layer(layer): scale * (vector.vector if whole else vector)}, positions)
 
+    @property
+    def per_row(self) -> bool:
+        return any(v.dim() == 2 for v in self.additions.values())
+
+    def check_rows(self, n: int) -> None:
+        """Raise where one vector per row doesn't fit this many prompts."""
+        wrong = next((len(v) for v in self.additions.values() if v.dim() == 2 and len(v) != n), None)
+        if wrong is not None:
+            raise ValueError(f"the vector has {wrong} rows for {n} prompts; pass one per prompt, or a single [d_model]")
+        if isinstance(self.positions, Tensor):
+            raise ValueError(
+                f"positions is a tensor, but here prompts are batched anew; choose one of {', '.join(POSITIONS)}, or run the "
+                "model inside ivl.inject"
+            )
+
+    def of_rows(self, index: list[int]) -> Injection:
+        """The same for these rows only."""
+        return Injection({k: v[index] if v.dim() == 2 else v for k, v in self.additions.items()}, self.positions)
+
     def hooks(
         self, backend: Backend, add: Callable[[Tensor, Tensor], Tensor], fired: set[int]
     ) -> list[tuple[str, Callable]]:
