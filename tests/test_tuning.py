@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.running.tokens import tokenize
 from ivlens.steering.controls import random_vector
-from ivlens.steering.tuning import InjectionSearch
+from ivlens.steering.tuning import InjectionSearch, _warn
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.vector import InstructionVector
 
@@ -118,3 +120,14 @@ def test_bad_arguments_are_refused(model, task):
     for value, options, message in cases:
         with pytest.raises(ValueError, match=message):
             ivl.tune_injection(model, task, value, **options)
+
+
+def test_a_best_no_better_than_a_random_vector_is_said():
+    vector = InstructionVector(torch.ones(4))
+    good, random = torch.tensor([[0.2, 0.5, 0.3]]), torch.tensor([[0.1, 0.6, 0.1]])
+    with pytest.warns(UserWarning, match="no better than a random vector"):
+        _warn(InjectionSearch(vector, good, random, 0.1, (1,), (0.5, 1.0, 2.0), 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn(InjectionSearch(vector, good, random - 0.2, 0.1, (1,), (0.5, 1.0, 2.0), 10))
+        _warn(InjectionSearch(vector, 0.6 - good, random, 0.5, (1,), (-0.5, -1.0, -2.0), 10, "suppress"))

@@ -97,7 +97,7 @@ def tune_injection(
     ----------
     layers, scales
         Default: every layer; 0.5 to 4 times what the heads write (negative for `goal="suppress"`). A warning says where the best
-        stands at the edge, or nothing is better than no vector.
+        stands at the edge, or is no better than no vector or a random one.
     goal
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
     shots, instruction, style, template
@@ -137,6 +137,11 @@ def _warn(search: InjectionSearch) -> None:
     if gain <= 0:
         warnings.warn(
             f"nothing tried is better than no vector ({search!r}); try other heads, more scales, or `mode='heads'` in inject",
+            stacklevel=3,
+        )
+    elif sign * (search.accuracy[layer, scale] - search.control[layer, scale]).item() <= 0:
+        warnings.warn(
+            f"the best tried is no better than a random vector of its length ({search!r}); try other heads",
             stacklevel=3,
         )
     elif (
