@@ -14,7 +14,7 @@ from ivlens.running.batches import in_batches
 from ivlens.running.decoding import complete
 from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import TokenizedPrompt, tokenize
-from ivlens.tasks.chat import render_chat
+from ivlens.tasks.chat import chat_parts
 from ivlens.training.data import answer_dataset
 from tests import tiny
 
@@ -24,6 +24,7 @@ TEMPLATES = {
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
     "no BOS": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "no opening": "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}",
     "stripped": "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
 }  # fmt: skip
@@ -74,24 +75,26 @@ def test_options_of_the_template_are_told_and_today_is_a_fixed_day(tokenizer):
     assert prompt.render(tokenizer) == "02 Jan 2031|system=Be brief.|user=go|"
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match=r"the chat template refuses this conversation \(no system role\)"):
-        render_chat(tokenizer, [{"role": "user", "content": "x"}], {})
+        chat_parts(tokenizer, [{"role": "user", "content": "x"}], {})
 
 
 @pytest.mark.model
 @QUICK
 @given(
-    st.lists(st.sampled_from(["<s>", "</s>", "<pad>", "walk", " a", ":", "\n"]), min_size=1, max_size=5).map("".join)
+    st.lists(st.sampled_from(["<s>", "</s>", "<pad>", "<s", "walk", " a", ":", "\n"]), min_size=1, max_size=5).map(
+        "".join
+    )
 )
 def test_data_never_becomes_a_special_token(model, text):
     backend = backend_of(model)
     special = set(backend.tokenizer.all_special_ids)
-    query = ivl.Example(f"x{text}y", f"x{text}y")
+    query = ivl.Example(f"{text}y", f"x{text}y")
     for style in ("qa", "plain", "chat"):
         plain = tokenize(backend, [ivl.Prompt(ivl.Example("x", "y"), style=style)])[0]
         row = tokenize(backend, [ivl.Prompt(query, style=style)])[0]
         assert sum(t in special for t in row.prompt) == sum(t in special for t in plain.prompt)
         assert not special & set(row.answer)
-        assert backend.tokenizer.decode([*row.prompt, *row.answer]).count(f"x{text}y") == 2
+        assert backend.tokenizer.decode([*row.prompt, *row.answer]).count(f"{text}y") >= 2
 
 
 @pytest.mark.model

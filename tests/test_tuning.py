@@ -114,7 +114,7 @@ def test_bad_arguments_are_refused(model, task):
         (InstructionVector(torch.ones(5)), {}, "the vector has width 5, but .* has d_model 32"),
         (vector, {"goal": "improve"}, "goal='improve' is unknown; choose 'induce' or 'suppress'"),
         (vector, {"layers": [3]}, "layer=3 is out of range"),
-        (vector, {"shots": 12}, "shots=12 needs at least 13 training examples"),
+        (vector, {"shots": 13}, "shots=13 needs at least 14 training examples"),
         (vector, {"split": "dev"}, "split='dev' is unknown"),
     ]
     for value, options, message in cases:

@@ -10,7 +10,7 @@ from typing import Any
 from ivlens.models.backend import Backend
 from ivlens.running.decoding import choose, complete
 from ivlens.running.scores import exact_match, rouge_l, words
-from ivlens.running.tokens import tokenize
+from ivlens.running.tokens import room_for, tokenize
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.task import Task
 
@@ -81,7 +81,7 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
     overlap = scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task))
     answers = [prompt.query.answers for prompt in prompts]
     options: dict[str, Any] = {
-        "max_new_tokens": max(len(row.answer) for row in rows) + 1,
+        "max_new_tokens": room_for(backend, prompts, rows),
         "stop": common_stop(prompts),
         "wanted": None if overlap else answers,
         "batch_size": scoring.batch_size,

@@ -6,8 +6,10 @@ Everything that differs between `TransformerBridge` (transformer-lens 4.x) and `
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,22 @@ from torch import Tensor
 __all__ = ["Backend", "Prefix"]
 
 Hook = tuple[str, Callable]
+_UNDER_WAY = threading.local()
+
+
+@contextmanager
+def keeping(keep: int) -> Iterator[None]:
+    """Around a pass of ours: its last `keep` positions are the last prompt token and answer tokens."""
+    before, _UNDER_WAY.keep = backend_ends(), keep
+    try:
+        yield
+    finally:
+        _UNDER_WAY.keep = before
+
+
+def backend_ends() -> int | None:
+    """How far from the end the last prompt token stands in the pass of ours that is under way; None in any other."""
+    return getattr(_UNDER_WAY, "keep", None)
 
 
 @dataclass
@@ -213,6 +231,10 @@ class Backend(ABC):
         norm = self.post_norm(layer)
         if norm is None:
             return shares
+        if isinstance(norm, torch.nn.LayerNorm):
+            raise ValueError(
+                f"{self.name} centres what its attention adds, and only norms that don't are known; its heads have no shares"
+            )
         scale = self.norm_scales(layer, z[None]).item() if scale is None else scale
         gain = norm(torch.ones(1, 1, self.d_model, device=out.device, dtype=torch.float32))[0, 0]  # of ones, its weight
         return shares * scale * gain.to(shares)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivlens.models.backend import Backend, Prefix, append_copies, position_ids
+from ivlens.models.backend import Backend, Prefix, append_copies, keeping, position_ids
 
 __all__ = ["BridgeBackend"]
 
@@ -61,13 +61,14 @@ class BridgeBackend(Backend):
         return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
     def forward(self, tokens, attention_mask, *, cache=None, keep=1):
-        return self._call(
-            keep,
-            input_ids=tokens,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask)[:, -tokens.shape[1] :],
-            past_key_values=cache if cache is not None else _prefix_cache(),
-        )
+        with keeping(keep):
+            return self._call(
+                keep,
+                input_ids=tokens,
+                attention_mask=attention_mask,
+                position_ids=position_ids(attention_mask)[:, -tokens.shape[1] :],
+                past_key_values=cache if cache is not None else _prefix_cache(),
+            )
 
     def read_prefix(self, tokens, attention_mask, *, block, keep, shared=None):
         cache = _prefix_cache()

@@ -11,7 +11,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ivlens.models.backend import Backend, Prefix, append_copies, position_ids
+from ivlens.models.backend import Backend, Prefix, append_copies, keeping, position_ids
 
 __all__ = ["HookedBackend"]
 
@@ -30,12 +30,13 @@ class HookedBackend(Backend):
         return spread
 
     def forward(self, tokens, attention_mask, *, cache=None, keep=1):
-        resid = self.model(
-            tokens,
-            attention_mask=attention_mask[:, -tokens.shape[1] :],  # the cache remembers the rest
-            past_kv_cache=cache,
-            stop_at_layer=self.n_layers,
-        )
+        with keeping(keep):
+            resid = self.model(
+                tokens,
+                attention_mask=attention_mask[:, -tokens.shape[1] :],  # the cache remembers the rest
+                past_kv_cache=cache,
+                stop_at_layer=self.n_layers,
+            )
         return self._unembed(resid[:, -keep:])
 
     def _unembed(self, resid: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ivlens.models.backend import Backend
+from ivlens.models.backend import Backend, backend_ends
 from ivlens.models.backends import backend_of
 
 __all__ = ["Injection", "injected"]
@@ -108,60 +110,172 @@ class Injection:
 
 
 class _Place:
-    """Tells a new prompt from the continuation of the last one, by looking at what enters the first layer.
+    """Where the forward passes of one model stand in their prompts, told by what the model is called with.
 
-    (`hook_embed` won't do: `HookedTransformer.generate` embeds tokens without it.)
-
-    With a cache, `generate` runs the prompt and then single tokens; without one, the same prompt with one token more each
-    time. Both count as continuation, so that a vector lands in the same places either way.
+    A pass without keys and values of earlier ones begins a prompt, which ends with its last real token by the mask. One that has
+    them goes on with it. Inside `generate` the prompt is what `generate` was given, in as many passes as it takes.
     """
 
-    def __init__(self, positions: str | Tensor):
-        self.positions = positions
-        self.seen: Tensor | None = None
-        self.start = 0  # position of the last prompt token in the forward pass under way
+    def __init__(self, backend: Backend, positions: str | Tensor):
+        self.backend, self.positions = backend, positions
+        self.thread = threading.get_ident()
+        self.generating: list[
+            int | None
+        ] = []  # prompt lengths of the calls of `generate` under way; None until the first pass
+        self.start, self.last = (
+            0,
+            None,
+        )  # column of the pass's first token; of each row's last prompt token, None after it
         self.runs = 0
 
-    def watch(self, entering: Tensor, hook: Any) -> None:
+    @property
+    def elsewhere(self) -> bool:
+        """In another thread, whose passes are none of ours."""
+        return threading.get_ident() != self.thread
+
+    def see(self, given: Any, options: Mapping[str, Any]) -> None:
+        """Before a forward pass: what it's called with."""
+        if self.elsewhere:
+            return
+        tokens = (
+            given
+            if given is not None
+            else next(options[k] for k in ("input_ids", "input", "inputs_embeds") if k in options)
+        )
+        if not isinstance(tokens, Tensor):
+            tokens = self.backend.model.to_tokens(tokens)
+        rows, new = tokens.shape[:2] if tokens.dim() > 1 else (1, len(tokens))
         self.runs += 1
-        now, before = entering.detach(), self.seen
-        if before is not None and now.shape[0] == before.shape[0]:
-            if now.shape[1] == 1:
-                self.start = -1  # a decoding step over a cache
-                return
-            n = before.shape[1]
-            if now.shape[1] == n + 1 and torch.equal(now[:, :n], before):
-                self.seen = now  # the same again and one token more: decoding without a cache
-                return
-        self.seen, self.start = now, now.shape[1] - 1
+        self.start = _length(options.get("past_key_values", options.get("past_kv_cache")))
+        if self.generating:
+            if self.generating[-1] is None:
+                self.generating[-1] = new
+            self.last = torch.full((rows,), self.generating[-1] - 1)
+        elif self.start:
+            self.last = None
+        else:
+            ends = backend_ends()
+            mask = options.get("attention_mask")
+            real = mask if ends is None and isinstance(mask, Tensor) and mask.dim() == 2 else None
+            at = new - (ends or 1)
+            self.last = torch.full((rows,), at) if real is None else _last_real(real)
 
     def add(self, x: Tensor, vector: Tensor) -> Tensor:
+        if self.elsewhere:
+            return x
         if not self.runs:
             raise RuntimeError("can't tell where the prompt ends: run the model from its first layer inside inject")
-        if isinstance(self.positions, Tensor):
-            if self.start < 0:
-                return x
-            rows = torch.arange(x.shape[0], device=x.device)
-            here = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-            here[rows, self.positions.to(x.device)] = True
-            return x + here[..., None] * vector
-        if self.positions == "all":
+        rows = x.shape[0]
+        vector = _per_row(vector, rows)
+        if isinstance(self.positions, str) and self.positions == "all":
             return x + vector
-        start = max(self.start, 0)
-        if self.positions == "last":
-            if self.start < 0:
+        columns = torch.arange(self.start, self.start + x.shape[1], device=x.device)
+        if isinstance(self.positions, Tensor):
+            if self.last is None:
                 return x
-            return torch.cat([x[:, :start], x[:, start : start + 1] + vector, x[:, start + 1 :]], dim=1)
-        return x + vector if start == 0 else torch.cat([x[:, :start], x[:, start:] + vector], dim=1)
+            here = columns == _per_row(self.positions.to(x.device)[:, None], rows)
+        elif self.last is None:
+            return x + vector if self.positions == "generated" else x
+        else:
+            last = self.last.to(x.device)[:, None]
+            here = columns == last if self.positions == "last" else columns >= last
+        if not here.any():
+            return x
+        return torch.where(here[..., None], x + vector, x)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the model's passes and its `generate` are seen."""
+        model, hf_model = self.backend.model, getattr(self.backend.model, "original_model", None)
+        with ExitStack() as stack:
+            if hf_model is None:  # its generate calls forward directly, past the hooks of modules
+                stack.enter_context(_wrapped(model, "forward", self._forward))
+            else:
+                hook = hf_model.register_forward_pre_hook(
+                    lambda module, args, options: self.see(args[0] if args else None, options), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+                stack.enter_context(_wrapped(hf_model, "generate", self._generate))
+            stack.enter_context(_wrapped(model, "generate", self._generate_own))
+            yield
+
+    def _forward(self, forward: Callable, *args: Any, **options: Any) -> Any:
+        if not options.get("start_at_layer"):
+            self.see(args[0] if args else None, options)
+        return forward(*args, **options)
+
+    def _generate(self, generate: Callable, *args: Any, **options: Any) -> Any:
+        """The Hugging Face model's, which is given tokens."""
+        given = [args[0] if args else None, *(options.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))]
+        prompt = next((x for x in given if x is not None), None)
+        mask = options.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask: generate needs prompts padded on the left, whose last token is the prompt's; pad there"
+            )
+        return self._inside(1 if prompt is None else prompt.shape[1], generate, args, options)
+
+    def _generate_own(self, generate: Callable, *args: Any, **options: Any) -> Any:
+        """The hooked model's, which is given texts too: its first pass is the prompt's."""
+        return self._inside(None, generate, args, options)
+
+    def _inside(self, length: int | None, generate: Callable, args: Any, options: Any) -> Any:
+        if self.elsewhere:
+            return generate(*args, **options)
+        self.generating.append(length)
+        try:
+            return generate(*args, **options)
+        finally:
+            self.generating.pop()
+
+
+@contextmanager
+def _wrapped(owner: Any, name: str, around: Callable) -> Iterator[None]:
+    """A method of one object, called through another function meanwhile."""
+    if not hasattr(owner, name):
+        yield
+        return
+    own, method = owner.__dict__.get(name), getattr(owner, name)
+    owner.__dict__[name] = wraps(method)(partial(around, method))
+    try:
+        yield
+    finally:
+        if own is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = own
+
+
+def _length(cache: Any) -> int:
+    """Positions whose keys and values are kept."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return cache.entries[0].past_keys.shape[1] if hasattr(cache, "entries") else cache[0][0].shape[-2]
+
+
+def _last_real(mask: Tensor) -> Tensor:
+    """Column of the last token that isn't padding, in each row."""
+    return mask.shape[1] - 1 - mask.bool().flip(1).int().argmax(1)
+
+
+def _per_row(x: Tensor, rows: int) -> Tensor:
+    """One for each row, also where `generate` runs each prompt several times (beams, several answers)."""
+    if x.dim() < 2 or len(x) == rows or (x.dim() == 3 and len(x) == 1):
+        return x
+    if rows % len(x):
+        raise ValueError(f"{len(x)} vectors or positions for {rows} rows; give one for each prompt, or one for all")
+    return x.repeat_interleave(rows // len(x), dim=0)
 
 
 @contextmanager
 def injected(model: Any, injection: Injection) -> Iterator[Any]:
     """Inside, the injection acts on every forward pass of the model; see `steering.inject`."""
     backend = backend_of(model)
-    place, fired = _Place(injection.positions), set()
-    hooks = [("blocks.0.hook_resid_pre", place.watch), *injection.hooks(backend, place.add, fired)]
-    with model.hooks(fwd_hooks=hooks):
+    place, fired = _Place(backend, injection.positions), set()
+    hooks = injection.hooks(backend, place.add, fired)
+    with place.watching(), model.hooks(fwd_hooks=hooks):
         yield model
         if place.runs and fired != set(injection.additions):
             missing = sorted(set(injection.additions) - fired)

@@ -103,7 +103,7 @@ class _Words:
             else:
                 words.append(c)
                 open_word = not _UNSPACED.match(c)
-        return words
+        return words or text.split()  # of signs only
 
 
 # Chinese characters, kana, Thai, Lao, Burmese, Khmer

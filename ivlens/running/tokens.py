@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor
 from ivlens.models.backend import Backend
 from ivlens.tasks.prompts import Prompt
 
-__all__ = ["TokenizedPrompt", "common_beginning", "fill_right", "pad_left", "tokenize"]
+__all__ = ["TokenizedPrompt", "common_beginning", "fill_right", "pad_left", "room_for", "tokenize"]
+
+
+MARK = "\ue000"  # within what looks like a special token in data, while a template is rendered
 
 
 @dataclass(frozen=True)
@@ -103,20 +107,22 @@ def _encode_data(tokenizer: Any, text: str) -> list[int]:
 
 def _encode_chat(tokenizer: Any, prompt: Prompt, more: str) -> list[int]:
     """The template's special tokens, and text that looks like them as text."""
-    text, data = prompt.render(tokenizer), prompt.data()
-    special = [t for t in tokenizer.all_special_tokens if any(t in part for part in (*data, more))]
-    if not special:
-        return tokenizer.encode(text + more, add_special_tokens=False)
-    ids, start = [], 0
-    for part in data:  # templates may drop white space around a text
-        at = text.find(part.strip(), start)
-        if at < 0:
-            raise ValueError(
-                f"the chat template changes a text that holds the special token {special[0]!r}: {part[:60]!r}; leave it out"
-            )
-        ids += tokenizer.encode(text[start:at], add_special_tokens=False) + _encode_data(tokenizer, part.strip())
-        start = at + len(part.strip())
-    return ids + tokenizer.encode(text[start:], add_special_tokens=False) + _encode_data(tokenizer, more)
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    looks = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def marked(text: str) -> str:
+        return looks.sub(lambda found: found[0][:1] + MARK + found[0][1:], text)
+
+    text = prompt.mapped(marked).render(tokenizer) + marked(more)
+    ids: list[int] = []
+    alike = "|".join(re.escape(token[:1] + MARK + token[1:]) for token in special)
+    for i, part in enumerate(re.split(f"({alike})", text)):
+        odd = i % 2  # what was marked
+        ids += (
+            _encode_data(tokenizer, part.replace(MARK, "")) if odd else tokenizer.encode(part, add_special_tokens=False)
+        )
+    return ids
 
 
 def _encode_answer(backend: Backend, prompt: Any, ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
@@ -126,6 +132,12 @@ def _encode_answer(backend: Backend, prompt: Any, ids: tuple[int, ...], answer: 
     # Tokenized together where that leaves the prompt's tokens alone: some tokenizers add a space to a text's beginning.
     together = _encode_prompt(backend, prompt, answer)
     return together[len(ids) :] if together[: len(ids)] == ids and len(together) > len(ids) else alone
+
+
+def room_for(backend: Backend, prompts: Sequence[Prompt], rows: Sequence[TokenizedPrompt]) -> int:
+    """Tokens that the longest right answer may take, and the one that ends it."""
+    others = [len(_encode_data(backend.tokenizer, f" {x}")) for p in prompts for x in p.query.outputs or ()]
+    return max([*others, *(len(row.answer) for row in rows)]) + 1
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any = None) -> tuple[Tensor, Tensor]:

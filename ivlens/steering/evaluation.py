@@ -17,7 +17,7 @@ from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
 from ivlens.running.positions import Injection
 from ivlens.running.scores import exact_match, rouge_l
-from ivlens.running.tokens import tokenize
+from ivlens.running.tokens import room_for, tokenize
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.suite import as_suite
@@ -260,7 +260,7 @@ def _score(
     tokenized = tokenize(backend, prompts)
     generated = "exact_match" in metrics or "rouge_l" in metrics
     # Room for the longest right answer and the token that ends it.
-    max_new_tokens = max(len(t.answer) for t in tokenized) + 1 if generated else None
+    max_new_tokens = room_for(backend, prompts, tokenized) if generated else None
     done = complete(
         backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=common_stop(prompts), batch_size=batch_size
     )

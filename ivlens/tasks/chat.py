@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-__all__ = ["DATE", "answer_in_chat", "render_chat"]
+__all__ = ["DATE", "chat_parts"]
 
 DATE = "2025-01-01"  # what a template that asks for today's date is told, so that prompts are the same tomorrow
+HERE = "\ue001"  # in an answer's place
 Turn = dict[str, str]
 
 
-def render_chat(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any], *, open_end: bool = True) -> str:
-    """The conversation as text; with an open end, up to where the assistant's next answer begins.
+def chat_parts(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A conversation up to where the assistant's answer begins, white space that belongs to the answer, and what ends it.
 
     Parameters
     ----------
@@ -25,8 +26,17 @@ def render_chat(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any
     Raises
     ------
     ValueError
-        If the tokenizer has no template, or the template refuses these turns.
+        If the tokenizer has no template, or the template refuses these turns or can't be told a fixed day.
     """
+    before = _rendered(tokenizer, turns, options, open_end=True)
+    whole = _rendered(tokenizer, [*turns, {"role": "assistant", "content": HERE}], options, open_end=False)
+    if not whole.startswith(before) or HERE not in whole:  # such as an empty thought that stands in the open end only
+        return before, "", ""
+    lead, end = whole[len(before) :].split(HERE, 1)
+    return (before + lead, "", end) if lead.strip() else (before, lead, end)  # some templates never open an answer
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any], *, open_end: bool) -> str:
     from jinja2.exceptions import TemplateError
 
     if getattr(tokenizer, "chat_template", None) is None:
@@ -40,7 +50,12 @@ def render_chat(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any
     template = tokenizer.get_chat_template() if hasattr(tokenizer, "get_chat_template") else tokenizer.chat_template
     if "enable_thinking" in template:
         options.setdefault("enable_thinking", False)
-    template = re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda asked: repr(day.strftime(asked[2])), template)
+    template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda asked: repr(day.strftime(asked[2])), template)
+    if re.search(r"strftime_now\s*\(", template):
+        raise ValueError(
+            "the chat template asks for today's date in a way that can't be answered with a fixed one; give strftime_now a "
+            "format in quotes, in tokenizer.chat_template"
+        )
     options |= {"chat_template": template, "add_generation_prompt": open_end}
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
@@ -48,14 +63,3 @@ def render_chat(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any
         raise ValueError(
             f"the chat template refuses this conversation ({error}); use style='qa', or template={{}}"
         ) from error
-
-
-def answer_in_chat(tokenizer: Any, turns: Sequence[Turn], answer: str, options: Mapping[str, Any]) -> tuple[str, str]:
-    """The answer as the template writes it after the conversation, and what it puts behind it."""
-    before = render_chat(tokenizer, turns, options)
-    whole = render_chat(tokenizer, [*turns, {"role": "assistant", "content": answer}], options, open_end=False)
-    if not whole.startswith(before):  # such as an empty thought that stands in the open end only
-        return answer, ""
-    rest = whole[len(before) :]
-    at = rest.find(answer.strip())
-    return (answer, "") if at < 0 else (rest[: at + len(answer.strip())], rest[at + len(answer.strip()) :])

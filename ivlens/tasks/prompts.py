@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ivlens.tasks.chat import answer_in_chat, render_chat
+from ivlens.tasks.chat import chat_parts
 from ivlens.tasks.task import Example, Task, same_input
 
 __all__ = ["STYLES", "Prompt", "build_prompts", "common_stop"]
@@ -63,7 +63,7 @@ class Prompt:
         'Q: walk\\nA: walked\\n\\nQ: go\\nA:'
         """
         if self.style == "chat":
-            return render_chat(tokenizer, self._turns(), dict(self.template))
+            return chat_parts(tokenizer, self._turns(), dict(self.template))[0]
         head = [self.instruction] if self.instruction else []
         if self.style == "qa":
             shown = [f"Q: {x.input}\nA: {x.output}" for x in self.demonstrations]
@@ -75,12 +75,18 @@ class Prompt:
         """The answer as it continues the rendered prompt, and what ends it (nothing but in style `chat`)."""
         if self.style != "chat":
             return self.answer, ""
-        return answer_in_chat(tokenizer, self._turns(), self.query.output, dict(self.template))
+        _, lead, end = chat_parts(tokenizer, self._turns(), dict(self.template))
+        return lead + self.query.output, end
 
-    def data(self) -> list[str]:
-        """The texts in it that come from data, in the order they stand."""
-        shown = [text for x in self.demonstrations for text in (x.input, x.output)]
-        return [*([self.instruction] if self.instruction else []), *shown, self.query.input]
+    def mapped(self, change: Callable[[str], str]) -> Prompt:
+        """With its texts that come from data changed."""
+
+        def changed(x: Example) -> Example:
+            return replace(x, input=change(x.input), output=change(x.output))
+
+        told = None if self.instruction is None else change(self.instruction)
+        shown = tuple(map(changed, self.demonstrations))
+        return replace(self, query=changed(self.query), demonstrations=shown, instruction=told)
 
     def _turns(self) -> list[dict[str, str]]:
         turns: list[dict[str, str]] = []
@@ -94,7 +100,7 @@ class Prompt:
 
 def common_stop(prompts: Sequence[Prompt]) -> str | None:
     """The text that ends generated answers: a line's end, or None, where the model says so, if some have several lines."""
-    return None if any("\n" in prompt.query.output.strip() for prompt in prompts) else "\n"
+    return None if any("\n" in answer.strip() for prompt in prompts for answer in prompt.query.answers) else "\n"
 
 
 def build_prompts(
