@@ -72,7 +72,7 @@ def test_options_of_the_template_are_told_and_today_is_a_fixed_day(tokenizer):
     assert prompt.render(tokenizer) == "01 Jan 2025|user=go|<think></think>"
     told = (("date", "2031-01-02"), ("enable_thinking", True), ("system", "Be brief."))
     prompt = ivl.Prompt(ivl.Example("go", "went"), style="chat", template=told)
-    assert prompt.render(tokenizer) == "02 Jan 2031|system=Be brief.|user=go|"
+    assert prompt.render(tokenizer) == "02 Jan 2031|system=Be brief.|user=go|assistant="
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match=r"the chat template refuses this conversation \(no system role\)"):
         chat_parts(tokenizer, [{"role": "user", "content": "x"}], {})
