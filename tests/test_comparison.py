@@ -199,6 +199,66 @@ def test_the_text_part_of_a_wrapper_is_loaded_and_nothing_is_installed(tokenizer
     assert backend_of(model).n_layers == 2
 
 
+def head_widths(name):
+    """Values wider than keys (DeepSeek), and layers of two widths (Gemma 4)."""
+    sizes = {**_G, "num_hidden_layers": 4}
+    if name == "gemma4":
+        types = ["sliding_attention", "full_attention"] * 2
+        config = transformers.Gemma4TextConfig(
+            **sizes,
+            head_dim=16,
+            global_head_dim=32,
+            layer_types=types,
+            sliding_window=8,
+            vocab_size_per_layer_input=200,
+        )
+        return tiny.randomize(transformers.Gemma4ForCausalLM(config)).eval()
+    config = transformers.DeepseekV3Config(
+        **{**sizes, "num_key_value_heads": 4}, v_head_dim=12, qk_nope_head_dim=8, qk_rope_head_dim=4, q_lora_rank=16,
+        kv_lora_rank=16, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1, n_shared_experts=1,
+    )  # fmt: skip
+    return tiny.randomize(transformers.DeepseekV3ForCausalLM(config)).eval()
+
+
+@bridge_only
+@pytest.mark.filterwarnings("ignore:exact replay can't serve")
+@pytest.mark.parametrize(("name", "widths"), [("deepseek", [12] * 4), ("gemma4", [16, 32] * 2)])
+def test_heads_as_wide_as_their_values_are_read_and_replaced(tokenizer, name, widths):
+    model = ivl.load_model(head_widths(name), tokenizer=tokenizer)
+    backend = backend_of(model)
+    read, projections = [], [block.attn.o.original_component for block in model.blocks]
+    handles = [p.register_forward_pre_hook(lambda _, args: read.append(args[0][0, -1].clone())) for p in projections]
+    means = ivl.patching.mean_head_outputs(model, [IDS[0]])
+    for handle in handles:
+        handle.remove()
+    assert backend.d_head == max(widths) == means.shape[-1]
+    for layer, (width, z) in enumerate(zip(widths, read)):
+        torch.testing.assert_close(means[layer, :, :width], z.view(4, width))
+        assert not means[layer, :, width:].any()
+        shares = [projections[layer](torch.eye(4)[h].repeat_interleave(width) * z) for h in range(4)]
+        if backend.post_norm(layer) is None:
+            torch.testing.assert_close(backend.head_shares(layer, means[layer]), torch.stack(shares).detach())
+    replacement = torch.randn(means.shape, generator=torch.Generator().manual_seed(1))
+    effects = ivl.patching.head_effects(model, [IDS[0]], ["a"], replacement)[0]
+    answer = tokenizer.encode("a", add_special_tokens=False)[0]
+    for layer, head in [(0, 1), (1, 3), (3, 2)]:
+        width = widths[layer]
+
+        def replace(_, args, layer=layer, head=head, width=width):
+            x = args[0].clone()
+            x[:, -1, head * width : (head + 1) * width] = replacement[layer, head, :width]
+            return (x,)
+
+        with torch.no_grad():
+            before = model(IDS)[0, -1].softmax(-1)[answer]
+            handle = projections[layer].register_forward_pre_hook(replace)
+            after = model(IDS)[0, -1].softmax(-1)[answer]
+            handle.remove()
+        assert (after - before).abs() > 1e-5
+        torch.testing.assert_close(effects[layer, head], after - before, atol=1e-6, rtol=1e-3)
+
+
 @bridge_only
 def test_an_offloaded_model_is_taken_as_it_is(tokenizer, task, tmp_path):
     import accelerate

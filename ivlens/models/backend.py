@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,7 +69,6 @@ class Backend(ABC):
         cfg = model.cfg
         self.n_layers: int = cfg.n_layers
         self.n_heads: int = cfg.n_heads
-        self.d_head: int = cfg.d_head
         self.d_model: int = cfg.d_model
         self.n_ctx: int | None = getattr(cfg, "n_ctx", None)
         self.name: str = str(getattr(cfg, "model_name", None) or type(model).__name__)
@@ -102,8 +102,24 @@ class Backend(ABC):
     def d_vocab(self) -> int:
         return int(self.model.cfg.d_vocab)
 
+    @cached_property
+    def d_head(self) -> int:
+        """Width of a head's output; of the widest, where layers differ: others' are filled up with zeros."""
+        return max(self.head_width(layer) for layer in range(self.n_layers))
+
+    def head_width(self, layer: int) -> int:
+        """Width of a head's output in one layer."""
+        return self.model.cfg.d_head
+
+    def by_head(self, x: Float[Tensor, "*batch rows d"]) -> Float[Tensor, "*batch head width"]:
+        """What `z_hook` shows, by heads, as a view: the bridge cuts it by the keys' width, which isn't the values' everywhere."""
+        return x if x.shape[-2] == self.n_heads else x.view(*x.shape[:-2], self.n_heads, -1)
+
+    def padded(self, z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch d_head"]:
+        return torch.nn.functional.pad(z, (0, self.d_head - z.shape[-1]))
+
     def z_hook(self, layer: int) -> str:
-        """Name of the heads' outputs before W_O, [batch pos head d_head]."""
+        """Name of the heads' outputs before W_O; see `by_head`."""
         return f"blocks.{layer}.attn.hook_z"
 
     def resid_hook(self, layer: int) -> str:

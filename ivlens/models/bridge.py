@@ -39,6 +39,10 @@ class BridgeBackend(Backend):
     def hf_model(self) -> Any:
         return self.model.original_model
 
+    def head_width(self, layer):
+        width = getattr(self.model.blocks[layer].attn.o.original_component, "in_features", None)
+        return width // self.n_heads if width else self.model.cfg.d_head
+
     def new_cache(self, batch: int) -> Any:
         return _prefix_cache()
 
@@ -134,7 +138,7 @@ class BridgeBackend(Backend):
         # Through the module itself, not W_O: adapters and quantisation on the projection count.
         parameter = next(projection.parameters())
         dtype = parameter.dtype if parameter.is_floating_point() else self.model.cfg.dtype
-        return projection(z.to(parameter.device, dtype).flatten(1)[:, None])[:, 0]
+        return projection(z[..., : self.head_width(layer)].to(parameter.device, dtype).flatten(1)[:, None])[:, 0]
 
     def post_norm(self, layer):
         return getattr(getattr(self.model.blocks[layer], "ln1_post", None), "original_component", None)

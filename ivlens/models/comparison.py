@@ -82,12 +82,12 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        if odd := {layer: w for layer, w in widths.items() if w != (backend.n_heads, backend.d_head)}:
-            layer, width = next(iter(odd.items()))
-            raise ValueError(
-                f"{label} has heads of different widths (layer {layer}: {width[0]} heads of {width[-1]}, elsewhere {backend.n_heads} of "
-                f"{backend.d_head}), and ivlens works on heads of one width; use another model"
-            )
+        for layer, seen in widths.items():
+            if seen != (backend.n_heads, backend.head_width(layer)) and not _cut_by_keys(backend, layer, seen):
+                raise ValueError(
+                    f"layer {layer} of {label} has {' x '.join(map(str, seen))} heads' outputs, not {backend.n_heads} heads of "
+                    f"{backend.head_width(layer)}, and ivlens works on as many heads in each layer; use another model"
+                )
         if silent:
             raise ValueError(
                 f"{len(silent)} adapter layers of {label} don't act in the hooked model, such as {next(iter(silent.values()))}; merge "
@@ -104,6 +104,12 @@ class Reference:
             raise ValueError(
                 f"hooked, {label} gives other probabilities than the Hugging Face model, by up to {difference:.1e}; it can't be measured"
             )
+
+
+def _cut_by_keys(backend: Any, layer: int, seen: tuple[int, ...]) -> bool:
+    """Whether the hook shows whole heads cut by the keys' width, as in DeepSeek's attention, whose values have their own."""
+    width = getattr(backend.model.blocks[layer].attn.original_component, "v_head_dim", None)
+    return width is not None and len(seen) == 2 and seen[0] * seen[1] == backend.n_heads * width
 
 
 def _dtype(model: Any) -> torch.dtype:

@@ -153,8 +153,9 @@ def sweep_heads(
     replacement = replacement.to(backend.device)
 
     def write(layer: int, sites: list[int], rows: list[int], x: Tensor) -> None:
+        x = backend.by_head(x)
         for i, site in enumerate(sites):
-            x[:, i, heads[site][1]] = replacement[layer, heads[site][1]].to(x)
+            x[:, i, heads[site][1]] = replacement[layer, heads[site][1], : x.shape[-1]].to(x)
 
     sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write)
     return Sweep(backend, tokenized, sites, metric=metric, distractors=wrong, **options)

@@ -81,7 +81,11 @@ def _read_batch(
     found: dict[str, list[Tensor]] = {"z": [], "resid": []}
 
     def keep_in(name: str) -> Callable:
-        return lambda x, hook: found[name].append(x[:, position - keep + 1].float().cpu())
+        def see(x: Tensor, hook: Any) -> None:
+            x = x[:, position - keep + 1]
+            found[name].append((backend.padded(backend.by_head(x)) if name == "z" else x).float().cpu())
+
+        return see
 
     layers = range(backend.n_layers)
     hooks: list[tuple[str, Any]] = [(backend.z_hook(layer), keep_in("z")) for layer in layers if z]

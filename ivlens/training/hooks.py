@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ivlens.models.backend import Backend
 from ivlens.models.head import Head
 from ivlens.models.hooking import text_part, tokenizing_backend
 from ivlens.training.batch import Batch
@@ -63,7 +64,7 @@ class TrainingHooks:
             self._handles.append(module.register_forward_hook(self._add_at(layer)))
         for layer in {head.layer for head in self.heads}:
             module = modules[layer].get_submodule(output)
-            self._handles.append(module.register_forward_pre_hook(self._read_at(layer, backend.d_head)))
+            self._handles.append(module.register_forward_pre_hook(self._read_at(layer, backend)))
         return self
 
     def detach(self) -> None:
@@ -91,12 +92,12 @@ class TrainingHooks:
 
         return hook
 
-    def _read_at(self, layer: int, d_head: int) -> Any:
+    def _read_at(self, layer: int, backend: Backend) -> Any:
         def hook(module: Any, args: tuple) -> None:
             if self.read is None:
                 return
             rows, columns = (index.to(args[0].device) for index in self.read)
-            self._z[layer] = args[0][rows, columns].unflatten(-1, (-1, d_head))
+            self._z[layer] = backend.padded(args[0][rows, columns].unflatten(-1, (backend.n_heads, -1)))
 
         return hook
 
