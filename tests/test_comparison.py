@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 import ivlens as ivl
 from ivlens.models import backend_of
@@ -104,6 +104,75 @@ def test_an_adapter_on_a_fused_projection_is_merged_and_said(tokenizer):
     torch.testing.assert_close(model(IDS).detach(), expected, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         assert torch.equal(hf(IDS).logits, expected), "the caller's model keeps its adapter apart"
+
+
+@bridge_only
+def test_an_adapter_on_a_fused_projection_that_is_switched_off_is_left_out(tokenizer):
+    hf = adapted("gpt2")
+    with torch.no_grad(), hf.disable_adapter():
+        expected = hf(IDS).logits
+        with pytest.warns(UserWarning, match="is left out, being switched off: it is on c_attn"):
+            model = ivl.load_model(hf, tokenizer=tokenizer, backend="bridge")
+    torch.testing.assert_close(model(IDS).detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_goes_before_the_prompt_is_refused(tokenizer, base, tmp_path):
+    hf = get_peft_model(tiny.hf_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    hf.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match=r"goes before the prompt .PROMPT_TUNING."):
+        ivl.load_model(hf, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"goes before the prompt .PROMPT_TUNING."):
+        open_checkpoints(base, [tmp_path / "prompt"])
+
+
+@bridge_only
+def test_an_architecture_that_transformer_lens_fails_on_is_refused_in_words(tokenizer):
+    config = transformers.FalconConfig(
+        **{k: v for k, v in _C.items() if k != "max_position_embeddings"}, new_decoder_architecture=True, num_kv_heads=2
+    )
+    with pytest.raises(ValueError, match=r"transformer-lens can't hook FalconForCausalLM .*; use another model"):
+        ivl.load_model(tiny.randomize(transformers.FalconForCausalLM(config)).eval(), tokenizer=tokenizer)
+
+
+def whole(folder, adapter=None):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return hf if adapter is None else PeftModel.from_pretrained(hf, adapter).merge_and_unload()
+
+
+KINDS = {
+    "lora": ("llama", {"target_modules": ["q_proj"]}),
+    "fused": ("gpt2", {}),
+    "dora": ("llama", {"use_dora": True}),
+    "head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "bias": ("phi", {"bias": "all", "target_modules": ["q_proj"]}),
+    "ia3": ("gpt2", None),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_are_each_as_loaded_alone_and_as_far_as_their_weights(tokenizer, tmp_path, kind):
+    name, options = KINDS[kind]
+    base, generator, folders = tmp_path / "base", torch.Generator().manual_seed(0), []
+    tiny.hf_model(name).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for i in range(2):
+        config = IA3Config(task_type="CAUSAL_LM") if options is None else LoraConfig(task_type="CAUSAL_LM", **options)
+        hf = get_peft_model(whole(base), config)
+        for weight in hf.parameters():
+            if weight.requires_grad:
+                weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+        folders.append(tmp_path / f"checkpoint-{i}")
+        hf.save_pretrained(folders[-1])
+    opened, broken = open_checkpoints(base, folders)
+    assert not broken
+    for checkpoint, folder in zip(opened, [None, *folders], strict=True):
+        alone = whole(base, folder)
+        changes = [(a - b).double().square().sum() for a, b in zip(alone.parameters(), whole(base).parameters())]
+        with torch.no_grad(), checkpoint.use() as model:
+            torch.testing.assert_close(model(IDS), alone(IDS).logits, atol=1e-3, rtol=1e-3)
+            assert checkpoint.distance(model) == pytest.approx(sum(changes).sqrt().item(), rel=1e-3)
 
 
 @bridge_only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ __all__ = [
     "adapter_distance",
     "adapter_weights",
     "add_adapter",
+    "check_kind",
     "check_stackable",
     "freeze_adapter",
     "fused_adapters",
     "is_adapter",
+    "merged",
     "record_base",
     "stack_adapters",
     "stands_alone",
@@ -104,27 +107,54 @@ def fused_adapters(hf_model: Any) -> list[str]:
     return sorted(names & FUSED) if hasattr(hf_model, "merge_and_unload") else []
 
 
+def check_kind(config: Any, label: str) -> None:
+    """Raise ValueError where an adapter is a prompt or prefix of its own, which no hooked model would run."""
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"the adapter of {label} goes before the prompt ({config.peft_type.value}) instead of changing weights, which are what "
+            "ivlens measures; use LoRA or another adapter that can be merged"
+        )
+
+
+def merged(hf_model: Any) -> Any:
+    """A copy with its adapters merged, or without them where they are switched off; the caller's model keeps them apart."""
+    copied = copy.deepcopy(hf_model)
+    return copied.unload() if switched_off(hf_model) else copied.merge_and_unload()
+
+
+def switched_off(hf_model: Any) -> bool:
+    return any(getattr(module, "disable_adapters", False) is True for module in hf_model.modules())
+
+
 def stands_alone(path: str | Path) -> bool:
-    """Whether this adapter can't be switched on a base model that others share: it sits on fused projections, or its first
-    values were taken off the base's weights (PiSSA, OLoRA, CorDA, LoftQ, …)."""
-    config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
-    modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapter_weights(path)}
-    return _takes_off(config.get("init_lora_weights", True)) or bool(modules & FUSED)
+    """Whether this adapter is loaded as a whole model. Only plain LoRA is switched on a base that others share, and its distance
+    known from A and B: not on fused projections, nor where its first values were taken off the base's weights.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(path))
+    check_kind(config, str(path))
+    parts = {part for name in adapter_weights(path) for part in name.split(".")}
+    return bool(_more_than_lora(config) or parts & {*FUSED, "lora_embedding_A"})
 
 
-def _takes_off(init: Any) -> bool:
-    return init not in (None, True, False, "gaussian", "orthogonal", "eva")
+def _more_than_lora(config: Any) -> list[str]:
+    """What makes this config another thing than one A and B for each module, added to the base as it is on disk."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    more = [] if kind == "LORA" else [kind]
+    more += [f"{name}={value!r}" for name in NOT_STACKED if (value := getattr(config, name, None)) and value != "none"]
+    init = getattr(config, "init_lora_weights", True)
+    return more + (
+        [] if init in (None, True, False, "gaussian", "orthogonal", "eva") else [f"init_lora_weights={init!r}"]
+    )
 
 
 def check_stackable(config: Any) -> None:
     """Raise ValueError where an adapter of this config can't be put together with another one."""
-    odd = [f"{name}={value!r}" for name in NOT_STACKED if (value := getattr(config, name, None)) and value != "none"]
-    init = getattr(config, "init_lora_weights", True)
-    odd += [f"init_lora_weights={init!r}"] if _takes_off(init) else []
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or odd:
+    if more := _more_than_lora(config):
         raise ValueError(
-            f"an adapter with {', '.join(odd) or config.peft_type} can't be put together with those of other stages, as this method "
-            "does; use a plain LoraConfig"
+            f"an adapter with {', '.join(more)} can't be put together with those of other stages, as this method does; use a plain "
+            "LoraConfig"
         )
 
 

@@ -90,7 +90,10 @@ def open_checkpoints(
     for label, entry in whole.items():
         if label in switched:
             continue
-        load = partial(_merged, base, entry, dtype) if label in adapters else partial(load_model, entry)
+        load = partial(load_model, entry)  # a hooked model comes back as it is
+        if isinstance(entry, (str, Path)):
+            how: dict[str, Any] = {"dtype": dtype, "backend": "bridge" if switched else "auto"}  # as the base
+            load = partial(_merged, base, entry, **how) if label in adapters else partial(load_model, entry, **how)
         opened[label] = _with_own_weights(label, load, _step(entry), start)
     return [start, *(opened[label] for label in whole)], broken
 
@@ -118,9 +121,12 @@ def check_same_shape(base: Any, other: Any, label: str) -> None:
 
 @torch.no_grad()
 def _weights(model: Any) -> Iterator[torch.Tensor]:
-    """Every weight as it acts: with the adapters in use on it."""
-    for name, weight in model.named_parameters():
-        if ".lora_" in name:
+    """Every weight as it acts: with the adapters in use on it, and once where the bridge keeps the projection that it cut up."""
+    named = dict(model.named_parameters())
+    whole = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}  # and a part of it
+    for name, weight in named.items():
+        cut = (f"{name.split(w)[0]}{part}_original_component.weight" for w, part in whole.items() if w in name)
+        if ".lora_" in name or any(part in named for part in cut):
             continue
         if name.endswith(".base_layer.weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
@@ -189,13 +195,13 @@ def _with_adapters(
     return base_checkpoint, {label: checkpoint(label, slot) for label, slot in slots.items()}
 
 
-def _merged(base: str | Path, path: str | Path, dtype: torch.dtype | None) -> Any:
+def _merged(base: str | Path, path: str | Path, dtype: torch.dtype | None, backend: str) -> Any:
     """The base with one adapter merged into it."""
     if dtype is None and not torch.cuda.is_available():
         dtype = torch.float32
     hf_model, tokenizer, name = load_hf(base, dtype=dtype)
     hf_model = add_adapter(hf_model, path, label=name, fingerprint=weights_fingerprint(hf_model))
-    return load_model(hf_model.merge_and_unload(), tokenizer=tokenizer, dtype=dtype)
+    return load_model(hf_model.merge_and_unload(), tokenizer=tokenizer, dtype=dtype, backend=backend)
 
 
 def _with_own_weights(label: str, load: Callable[[], Any], step: int | None, start: Checkpoint) -> Checkpoint:
@@ -203,7 +209,7 @@ def _with_own_weights(label: str, load: Callable[[], Any], step: int | None, sta
 
     @contextmanager
     def use() -> Iterator[Any]:
-        model = load()  # a hooked model comes back as it is
+        model = load()
         with start.use() as base:
             check_same_shape(base, model, label)
         yield model

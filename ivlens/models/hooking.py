@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ivlens.models.adapters import merged
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import Reference
@@ -87,7 +88,13 @@ def hook_model(hf_model: Any, tokenizer: Any, label: str, backend: str, placed: 
                 raise ValueError(
                     f"HookedTransformer can't convert {label} ({type(error).__name__}: {error}); use backend='bridge'"
                 ) from error
-    model = to_bridge(hf_model, tokenizer, label)
+    try:
+        model = to_bridge(hf_model, tokenizer, label)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"transformer-lens can't hook {label} ({reason}); use another model") from error
     backend_of(model).check_hooks()
     reference.check(model, label)
     return model
@@ -137,7 +144,7 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
     from transformer_lens import loading_from_pretrained as loading
 
     if hasattr(hf_model, "merge_and_unload"):
-        hf_model = _merged(hf_model)
+        hf_model = merged(hf_model)
     with tempfile.TemporaryDirectory(prefix="tl-") as folder:  # the conversion reads its config from a path
         hf_model.config.architectures = [type(hf_model).__name__]
         hf_model.config.save_pretrained(folder)
@@ -153,8 +160,3 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
     model.generation_config = hf_model.generation_config  # which tokens end an answer
     model.eval()
     return model
-
-
-def _merged(peft_model: Any) -> Any:
-    """The adapters merged into a copy, so that the caller's model keeps them apart."""
-    return copy.deepcopy(peft_model).merge_and_unload()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import tempfile
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ivlens.common.keys import weights_fingerprint
-from ivlens.models.adapters import add_adapter, fused_adapters
+from ivlens.models.adapters import add_adapter, check_kind, fused_adapters, merged, switched_off
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import Reference
 from ivlens.models.hooking import hook_model, is_placed, with_path
@@ -87,14 +86,16 @@ def load_model(
         ):  # else float32 adapters would change too
             hf_model = hf_model.to(dtype or default)
     hf_model.eval()
+    check_kind(getattr(hf_model, "active_peft_config", None), label)
+    reference = Reference.of(hf_model, tokenizer)
     if fused := fused_adapters(hf_model):
+        done = "left out, being switched off" if switched_off(hf_model) else "merged"
         warnings.warn(
-            f"the adapter of {label} is merged: it is on {', '.join(fused)}, which a hooked model cuts up. The model you passed keeps "
+            f"the adapter of {label} is {done}: it is on {', '.join(fused)}, which a hooked model cuts up. The model you passed keeps "
             "it apart, but switching it there doesn't switch it here",
             stacklevel=2,
         )
-        hf_model = copy.deepcopy(hf_model).merge_and_unload()
-    reference = Reference.of(hf_model, tokenizer)
+        hf_model = merged(hf_model)
     with tempfile.TemporaryDirectory(prefix="ivlens-tokenizer-") as folder:
         model = hook_model(hf_model, with_path(tokenizer, folder, own), label, backend, placed, reference)
     model.cfg.model_name = label
