@@ -268,6 +268,25 @@ def test_the_text_part_of_a_wrapper_is_loaded_and_nothing_is_installed(tokenizer
     assert backend_of(model).n_layers == 2
 
 
+@bridge_only
+def test_a_folder_that_holds_a_wrapper_gives_its_text_part(tokenizer, tmp_path):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_G),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        image_token_index=199,
+    )
+    hf = tiny.randomize(transformers.LlavaForConditionalGeneration(config)).eval()
+    hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = hf(input_ids=IDS).logits
+    torch.testing.assert_close(ivl.load_model(tmp_path)(IDS).detach(), expected, atol=1e-4, rtol=1e-4)
+    transformers.CLIPConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no model that continues text"):
+        ivl.load_model(tmp_path)
+
+
 def head_widths(name):
     """Values wider than keys (DeepSeek), and layers of two widths (Gemma 4)."""
     sizes = {**_G, "num_hidden_layers": 4}

@@ -52,6 +52,8 @@ def text_part(hf_model: Any) -> Any:
         return hf_model
     from transformers import AutoModelForCausalLM
 
+    if type(config) not in AutoModelForCausalLM._model_mapping:  # has no model of its own (Qwen's)
+        return hf_model
     with torch.device("meta"):
         text = AutoModelForCausalLM.from_config(config)
     text.model, text.lm_head = language, hf_model.lm_head

@@ -131,7 +131,7 @@ def load_hf(name: Any, tokenizer: Any = None, dtype: torch.dtype | None = None, 
 
 
 def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> tuple[Any, Any, str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     label, where = name, name
     if name in BUILT_IN:
@@ -145,9 +145,7 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
         raise OSError(_not_found(name))
     dtype = dtype or "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, **{k: v for k, v in options.items() if v is not None}
-        )
+        model = _pretrained(where, dtype=dtype, **{k: v for k, v in options.items() if v is not None})
         if tokenizer is None:
             keep = ("revision", "trust_remote_code", "gguf_file")
             tokenizer = AutoTokenizer.from_pretrained(
@@ -158,6 +156,19 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
     if "gguf_file" in options:
         forget_quantization(model)
     return model, tokenizer, label
+
+
+def _pretrained(where: str, **options: Any) -> Any:
+    """A model that writes text, alone or inside a wrapper for text and images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return kind.from_pretrained(where, **options)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+    raise ValueError(f"{where} is no model that continues text (such as GPT, Llama or Gemma); use one of those")
 
 
 def _not_found(name: str) -> str:
