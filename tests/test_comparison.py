@@ -355,8 +355,19 @@ def test_an_offloaded_model_is_taken_as_it_is(tokenizer, task, tmp_path):
     expected = ivl.locate_heads(ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer), task, **options).values
     model = ivl.load_model(accelerate.cpu_offload(tiny.hf_model("llama")), tokenizer=tokenizer)
     torch.testing.assert_close(ivl.locate_heads(model, task, folder=tmp_path, **options).values, expected)
+    assert ivl.extract_vector(model, task, [ivl.Head(0, 1)], shots=2, n_prompts=2).norm() > 0.1
+    with pytest.raises(ValueError, match=r"aren't in memory .meta device.*can't be trained"):
+        ivl.fine_tune(
+            accelerate.cpu_offload(tiny.hf_model("llama")), task, folder=tmp_path / "run", tokenizer=tokenizer
+        )
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(tiny.hf_model("llama").config)
+    with pytest.raises(ValueError, match=r"aren't in memory .meta device.*can't be measured"):
+        ivl.load_model(empty, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="can't be given for a model that is quantised or placed"):
         ivl.load_model(accelerate.cpu_offload(tiny.hf_model("llama")), tokenizer=tokenizer, dtype=torch.float64)
+    with pytest.raises(ValueError, match="device=cpu can't be given for a model that is quantised or placed"):
+        ivl.load_model(accelerate.cpu_offload(tiny.hf_model("llama")), tokenizer=tokenizer, device="cpu")
 
 
 def test_numbers_that_are_none_stop_the_work_and_name_the_dtype(tokenizer, task, tmp_path):

@@ -138,7 +138,8 @@ class BridgeBackend(Backend):
         # Through the module itself, not W_O: adapters and quantisation on the projection count.
         parameter = next(projection.parameters())
         dtype = parameter.dtype if parameter.is_floating_point() else self.model.cfg.dtype
-        return projection(z[..., : self.head_width(layer)].to(parameter.device, dtype).flatten(1)[:, None])[:, 0]
+        device = z.device if parameter.is_meta else parameter.device  # offloaded weights come when they are called
+        return projection(z[..., : self.head_width(layer)].to(device, dtype).flatten(1)[:, None])[:, 0]
 
     def post_norm(self, layer):
         return getattr(getattr(self.model.blocks[layer], "ln1_post", None), "original_component", None)

@@ -16,7 +16,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import Reference
 
-__all__ = ["hook_model", "is_placed", "text_part", "to_bridge", "tokenizing_backend", "with_path"]
+__all__ = ["check_in_memory", "hook_model", "is_placed", "text_part", "to_bridge", "tokenizing_backend", "with_path"]
 
 
 def is_placed(hf_model: Any) -> bool:
@@ -24,6 +24,12 @@ def is_placed(hf_model: Any) -> bool:
     inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
     offloaded = any(hasattr(module, "_hf_hook") for module in inner.modules())
     return bool(getattr(inner, "is_quantized", False) or getattr(inner, "hf_device_map", None) or offloaded)
+
+
+def check_in_memory(hf_model: Any, label: str, what: str) -> None:
+    """Raise ValueError where weights are offloaded or were never filled in."""
+    if any(parameter.is_meta for parameter in hf_model.parameters()):
+        raise ValueError(f"weights of {label} aren't in memory (meta device), so it can't be {what}; load it whole")
 
 
 def tokenizing_backend(hf_model: Any, tokenizer: Any, label: str) -> Backend:
@@ -94,7 +100,7 @@ def hook_model(hf_model: Any, tokenizer: Any, label: str, backend: str, placed: 
         model = to_bridge(hf_model, tokenizer, label)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"transformer-lens can't hook {label} ({reason}); use another model") from error
     backend_of(model).check_hooks()

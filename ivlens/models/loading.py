@@ -14,7 +14,7 @@ from ivlens.common.keys import weights_fingerprint
 from ivlens.models.adapters import add_adapter, check_kind, fused_adapters, merged, switched_off
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import Reference
-from ivlens.models.hooking import hook_model, is_placed, with_path
+from ivlens.models.hooking import check_in_memory, hook_model, is_placed, with_path
 from ivlens.models.smollm2 import forget_quantization, smollm2_folder
 
 __all__ = ["load_model"]
@@ -67,24 +67,21 @@ def load_model(
             )
         backend_of(name).check_hooks()
         return name
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    default = torch.float32 if torch.device(device).type == "cpu" and device_map is None else None
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    default = torch.float32 if torch.device(where).type == "cpu" and device_map is None else None
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}
     own = tokenizer is not None or not isinstance(name, (str, Path))
     hf_model, tokenizer, label = load_hf(name, tokenizer, dtype or default, **options)
     if adapter is not None:
         hf_model = add_adapter(hf_model, adapter, label=label, fingerprint=weights_fingerprint(hf_model))
     placed = device_map is not None or is_placed(hf_model)
-    if placed and dtype is not None and hf_model.dtype != dtype:
-        raise ValueError(
-            f"dtype={dtype} can't be given for a model that is quantised or placed already; load it in that dtype"
-        )
-    if not placed:
-        hf_model = hf_model.to(device)
-        if (dtype or default) is not None and hf_model.dtype != (
-            dtype or default
-        ):  # else float32 adapters would change too
-            hf_model = hf_model.to(dtype or default)
+    if placed:
+        _check_placed(hf_model, device, dtype)
+    else:
+        check_in_memory(hf_model, label, "measured")
+        hf_model, wanted = hf_model.to(where), dtype or default
+        if wanted is not None and hf_model.dtype != wanted:  # else float32 adapters would change too
+            hf_model = hf_model.to(wanted)
     hf_model.eval()
     check_kind(getattr(hf_model, "active_peft_config", None), label)
     reference = Reference.of(hf_model, tokenizer)
@@ -101,6 +98,17 @@ def load_model(
     model.cfg.model_name = label
     backend_of(model).check_hooks()
     return model
+
+
+def _check_placed(hf_model: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
+    """Raise ValueError where a model that must stay as it is would have to be moved or converted."""
+    elsewhere = device is not None and {p.device.type for p in hf_model.parameters()} != {torch.device(device).type}
+    asked = [f"device={device}"] if elsewhere else []
+    asked += [f"dtype={dtype}"] if dtype is not None and hf_model.dtype != dtype else []
+    if asked:
+        raise ValueError(
+            f"{' and '.join(asked)} can't be given for a model that is quantised or placed already; load it as you want it"
+        )
 
 
 def is_hooked(model: Any) -> bool:

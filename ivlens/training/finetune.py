@@ -17,7 +17,7 @@ import torch
 from ivlens.common.keys import files_key, recorded, weights_fingerprint
 from ivlens.models.adapters import add_adapter, check_stackable, describe_config, freeze_adapter, record_base
 from ivlens.models.checkpoints import FINAL, SAVED
-from ivlens.models.hooking import tokenizing_backend
+from ivlens.models.hooking import check_in_memory, tokenizing_backend
 from ivlens.models.loading import as_dtype, load_hf
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
@@ -102,6 +102,7 @@ def fine_tune(
         check_stackable(lora)
     before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
+    check_in_memory(hf_model, label, "trained")
     look: dict[str, Any] = {
         "shots": shots,
         "instruction": instruction,
