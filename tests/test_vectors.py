@@ -216,8 +216,12 @@ def test_a_vector_is_the_sum_of_the_heads_mean_outputs_through_w_o(load, task, n
     ) is not None:  # divided by the scale on each prompt, times the weight
         for i, (layer, _) in enumerate(sorted(heads)):
             norm = getattr(model.blocks[layer].ln1_post, "original_component", model.blocks[layer].ln1_post)
+            bias = model.b_O[layer].detach() if tiny.HOOKED else 0
             rms = (
-                torch.stack([torch.einsum("hd,hdm->m", x[layer], model.W_O[layer]) for x in z]).square().mean(-1).sqrt()
+                torch.stack([torch.einsum("hd,hdm->m", x[layer], model.W_O[layer]) + bias for x in z])
+                .square()
+                .mean(-1)
+                .sqrt()
             )
             gain = 1 + norm.weight if hasattr(norm, "weight") else norm.w
             expected[i] = expected[i] * (1 / rms).mean() * gain.detach()
