@@ -279,3 +279,16 @@ def test_the_fingerprint_tells_models_apart_but_not_dtypes():
 
 def test_a_run_has_a_picture(run):
     assert json.dumps(run.settings) and run.plot().data
+
+
+@pytest.mark.model
+def test_rows_longer_than_the_context_are_named_or_left_out_and_counted(model):
+    rows = [{"input": "walk " * 200 if i == 7 else f"q{i}", "output": "a", "split": "train"} for i in range(20)]
+    task = ivl.Task.from_records(rows, name="long", instruction="x")
+    prompts, backend = ivl.build_prompts(task), backend_of(model)
+    with pytest.raises(ValueError, match=r"\(long, train example \d+: 'walk"):
+        answer_dataset(backend, prompts)
+    with pytest.warns(UserWarning, match="1 of 16 rows are longer than the context and left out"):
+        assert len(answer_dataset(backend, prompts, on_too_long="skip")) == 15
+    with pytest.raises(ValueError, match="on_too_long='cut' is unknown"):
+        answer_dataset(backend, prompts, on_too_long="cut")

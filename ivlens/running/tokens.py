@@ -13,10 +13,14 @@ from torch import Tensor
 from ivlens.models.backend import Backend
 from ivlens.tasks.prompts import Prompt
 
-__all__ = ["TokenizedPrompt", "common_beginning", "fill_right", "pad_left", "room_for", "tokenize"]
+__all__ = ["TokenizedPrompt", "TooLongError", "common_beginning", "fill_right", "pad_left", "room_for", "tokenize"]
 
 
 MARK = "\ue000"  # within what looks like a special token in data, while a template is rendered
+
+
+class TooLongError(ValueError):
+    """A prompt and its answer don't fit the model's context."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,11 @@ class TokenizedPrompt:
 
 
 def tokenize(
-    backend: Backend, prompts: Sequence[Prompt | str | Tensor], answers: Sequence[str] | None = None
+    backend: Backend,
+    prompts: Sequence[Prompt | str | Tensor],
+    answers: Sequence[str] | None = None,
+    *,
+    spare: int = 0,
 ) -> list[TokenizedPrompt]:
     """Token numbers of prompts and answers.
 
@@ -38,6 +46,8 @@ def tokenize(
         `Prompt` objects, texts, or 1-D tensors of token numbers (taken as they are).
     answers
         Texts that continue the prompts exactly as given (mind the leading space). For `Prompt` objects, their own answers.
+    spare
+        Tokens for which there must be room in the context besides.
 
     Raises
     ------
@@ -70,11 +80,11 @@ def tokenize(
             raise ValueError(
                 f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text in it"
             )
-        if backend.n_ctx and len(ids) + len(answer) > backend.n_ctx:
+        if backend.n_ctx and len(ids) + len(answer) + spare > backend.n_ctx:
             name = (
                 f" ({prompt.task}, {prompt.source}: {prompt.query.input[:40]!r})" if isinstance(prompt, Prompt) else ""
             )
-            raise ValueError(
+            raise TooLongError(
                 f"prompt {i}{name} has {len(ids)} tokens and its answer {len(answer)}, but {backend.name} has a context of "
                 f"{backend.n_ctx}; use fewer shots or shorter inputs (nothing is ever cut off)"
             )

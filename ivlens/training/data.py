@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ivlens.running.tokens import tokenize
+from ivlens.running.tokens import TooLongError, tokenize
 from ivlens.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -18,10 +19,15 @@ __all__ = ["answer_dataset"]
 IGNORED = -100  # what Hugging Face models leave out of the loss
 
 
-def answer_dataset(backend: Backend, prompts: Sequence[Prompt]) -> datasets.Dataset:
+def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: str = "error") -> datasets.Dataset:
     """Prompt, answer and end of every prompt, tokenized as everywhere in ivlens.
 
     The end is the end-of-text token or, in style `chat`, the token with which the template ends an answer.
+
+    Parameters
+    ----------
+    on_too_long
+        `error`, or `skip`, which leaves out rows that are longer than the context and says how many.
 
     Columns: `input_ids`, `attention_mask`, `labels`, which are -100 on the prompt, and `task`.
 
@@ -32,11 +38,29 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt]) -> datasets.Data
     """
     import datasets
 
-    rows = []
-    for prompt, row in zip(prompts, tokenize(backend, prompts)):
+    if on_too_long not in ("error", "skip"):
+        raise ValueError(f"on_too_long={on_too_long!r} is unknown; choose 'error' or 'skip'")
+    rows, skipped = [], []
+    for prompt in prompts:
+        try:
+            (row,) = tokenize(backend, [prompt], spare=1)
+        except TooLongError:
+            if on_too_long == "error":
+                raise
+            skipped.append(f"{prompt.task}, {prompt.source}")
+            continue
         ids = [*row.prompt, *row.answer, *_end(backend, prompt)]
         labels = [IGNORED] * len(row.prompt) + ids[len(row.prompt) :]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "task": prompt.task})
+    if skipped:
+        which = sorted(set(skipped))
+        warnings.warn(
+            f"{len(skipped)} of {len(prompts)} rows are longer than the context and left out, of {len(which)} example(s): {which[0]}"
+            + (", …" if len(which) > 1 else ""),
+            stacklevel=3,
+        )
+    if not rows:
+        raise ValueError("every row is longer than the context; use fewer shots or shorter inputs")
     return datasets.Dataset.from_list(rows)
 
 

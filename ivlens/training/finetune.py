@@ -52,6 +52,7 @@ def fine_tune(
     instruction: bool | str | int = True,
     style: str = "qa",
     template: Mapping[str, Any] | None = None,
+    on_too_long: str = "error",
     save_every: int | None = None,
     tokenizer: Any = None,
     dtype: str | torch.dtype = "float32",
@@ -79,6 +80,8 @@ def fine_tune(
         peft config of your own, or False to train every weight.
     shots, instruction, style, template
         How the prompts look; see `build_prompts`. Each example gets a wording of its own.
+    on_too_long
+        `skip` leaves out rows that are longer than the context, with a warning that counts them.
     save_every
         Keep a checkpoint every so many steps; None for the final one only.
     dtype
@@ -111,7 +114,7 @@ def fine_tune(
         "seed": seed,
     }
     n = rows_needed(steps, batch_size, arguments)
-    dataset = training_rows(tokenizing_backend(hf_model, tokenizer, label), suite, n, look)
+    dataset = training_rows(tokenizing_backend(hf_model, tokenizer, label), suite, n, look, on_too_long)
     settings = {
         "base": hf_model,
         "data": {name: list(dataset[name]) for name in dataset.column_names},
@@ -122,6 +125,7 @@ def fine_tune(
         "learning_rate": learning_rate,
         **look,
         "save_every": save_every,
+        "on_too_long": on_too_long,
         "dtype": hf_model.dtype,
         "vectors": vectors,
         "previous": None if before is None else [files_key(before / name) for name in (FINAL, "memory")],
@@ -172,16 +176,13 @@ def rows_needed(steps: int, batch_size: int, arguments: Mapping[str, Any]) -> in
     return steps * batch_size * int(accumulated) * int(processes)
 
 
-def training_rows(backend: Backend, suite: TaskSuite, n: int, look: Mapping[str, Any]) -> datasets.Dataset:
-    """At least `n` rows, as many of each task, from its training split.
-
-    Raises
-    ------
-    ValueError
-        If one is longer than the context; the message names task, split and row.
-    """
+def training_rows(
+    backend: Backend, suite: TaskSuite, n: int, look: Mapping[str, Any], on_too_long: str = "error"
+) -> datasets.Dataset:
+    """At least `n` rows, as many of each task, from its training split; see `answer_dataset`."""
     each = -(-n // len(suite))
-    return answer_dataset(backend, [p for t in suite.values() for p in build_prompts(t, n=each, repeat=True, **look)])
+    prompts = [p for t in suite.values() for p in build_prompts(t, n=each, repeat=True, **look)]
+    return answer_dataset(backend, prompts, on_too_long=on_too_long)
 
 
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
