@@ -188,7 +188,8 @@ class Sweep:
     # -- the choice between them ------------------------------------------------------------------------------------
     @property
     def _tolerance(self) -> float:
-        return 1e-4 if next(self.backend.model.parameters()).dtype == torch.float32 else 5e-2
+        # In half precision one step of a logit of 16 is 0.06 or 0.12; hooked models are compared as closely when loaded.
+        return 1e-4 if next(self.backend.model.parameters()).dtype == torch.float32 else 0.1
 
     @property
     def _probe(self) -> int:
