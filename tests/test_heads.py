@@ -302,3 +302,10 @@ def test_distractors_that_begin_like_their_answer_are_refused(model, replacement
     with pytest.raises(ValueError, match="1 of 2 distractors begin with their answer's own first token"):
         options = {"metric": "logit_difference", "distractors": ["%", "7"]}
         head_effects(model, tiny.tokens(5, 6), ["7", "7"], replacement, **options)
+
+
+@pytest.mark.model
+def test_half_precision_says_that_small_effects_are_noise(tokenizer, task):
+    model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, backend="bridge", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="effects in bfloat16 carry rounding noise"):
+        ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False, method="full")

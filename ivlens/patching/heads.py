@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ def sweep_heads(
         for i, site in enumerate(sites):
             x[:, i, heads[site][1]] = replacement[layer, heads[site][1], : x.shape[-1]].to(x)
 
+    if (dtype := next(backend.model.parameters()).dtype) in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"effects in {str(dtype).removeprefix('torch.')} carry rounding noise, of up to some hundredths of a probability; load "
+            "the model with dtype=torch.float32 to tell small effects from it",
+            stacklevel=3,
+        )
     sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write)
     return Sweep(backend, tokenized, sites, metric=metric, distractors=wrong, **options)
 
