@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import ivlens as ivl
 from ivlens.tasks.files import read_rows
-from ivlens.tasks.task import same_input
+from ivlens.tasks.task import plain_text, same_input
 
 ROWS = [{"input": f"q{i}", "output": f"a{i}"} for i in range(20)]
-TEXT = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(str.strip)
+TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1).filter(str.strip)
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -33,7 +33,7 @@ def test_cells_are_read_as_they_were_written(tmp_path, cells, kind):
     path = tmp_path / f"t.{kind}"
     if kind in ("csv", "tsv"):
         text = io.StringIO(newline="")
-        writer = csv.writer(text, delimiter="\t" if kind == "tsv" else ",", lineterminator="\n")
+        writer = csv.writer(text, delimiter="\t" if kind == "tsv" else ",", lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerows([["input", "output"], *([r["input"], r["output"]] for r in rows)])
         path.write_bytes(text.getvalue().encode())
     elif kind == "parquet":
@@ -74,6 +74,9 @@ def test_numbers_in_json_stay_as_written(tmp_path):
         ("columns.json", b'{"input": ["q"], "output": ["a"]}'),
         ("nested.json", b'{"version": 1, "data": [{"input": "q", "output": "a"}]}'),
         ("blank.jsonl", b'\n{"input": "q", "output": "a"}\n\n'),
+        ("blank.csv", b"input,output\n\n  \nq,a\n,\n"),
+        ("old.csv", b"input;output\rq;a\r"),
+        ("wider.csv", "input,output\nq,a\n".encode("utf-32")),
         ("a?b*[v2]::c.csv", b"input,output\nq,a\n"),
     ],
 )
@@ -111,18 +114,57 @@ def test_broken_files_are_named_with_their_line(tmp_path, name, content, message
         ivl.Task.from_file(tmp_path / name, instruction="x")
 
 
+def test_a_json_file_may_hold_a_row_in_each_line(tmp_path):
+    (tmp_path / "t.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert read_rows(tmp_path / "t.json") == ROWS
+    (tmp_path / "t.json").write_text('{"input": "a", "output": "b"}\n{"input": "c", "out')
+    with pytest.raises(ValueError, match=r"line 2 of .*t.json is truncated or not JSON"):
+        read_rows(tmp_path / "t.json")
+
+
+def test_delimiters_are_counted_outside_quotes(tmp_path):
+    (tmp_path / "t.csv").write_text('"input, as asked, in words";output\n"a;b";c\n')
+    assert read_rows(tmp_path / "t.csv") == [{"input, as asked, in words": "a;b", "output": "c"}]
+
+
+def test_a_name_with_a_tilde_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in (tmp_path / "~backup.csv", tmp_path / "home" / "t.csv"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("input,output\nq,a\n")
+    assert read_rows("~backup.csv") == read_rows("~/t.csv") == [{"input": "q", "output": "a"}]
+
+
 def test_what_is_no_text_is_refused_with_its_place():
     import numpy as np
+    import pandas as pd
     import torch
 
     for value, what in [
         (float("nan"), "a missing value"), (["a", "b"], "a list.*right answers as a list under 'outputs'"), ({"text": "a"}, "a dict"),
-        (torch.tensor(3), "a Tensor"), (b"x", "a bytes"),
+        (torch.tensor(3), "a Tensor"), (b"x", "a bytes"), (torch.tensor([1, 2]), "a Tensor"), (np.array([1, 2]), "a ndarray"),
+        (pd.NA, "a missing value"), (pd.NaT, "a missing value"), (float("inf"), "a float"), ("\ud800", "half a character"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=f"record 1 of task 't' has {what}"):
             ivl.Task.from_records([ROWS[0], {"input": "x", "output": value}], name="t", instruction="x")
-    task = ivl.Task.from_records([{"input": np.int64(3), "output": np.float32(0.5)}], name="t", instruction="x")
-    assert (task.train + task.valid + task.test)[0].output == "0.5"
+    task = ivl.Task.from_records([{"input": np.int64(3), "output": np.float32(0.1)}], name="t", instruction="x")
+    assert (task.train + task.valid + task.test)[0].output == "0.1"
+    for records in (pd.DataFrame(ROWS), {"input": ["a"], "output": ["b"]}, [ROWS]):
+        with pytest.raises(ValueError, match=r"record 0 of task 't' is .*no dictionary"):
+            ivl.Task.from_records(records, name="t", instruction="x")
+    with pytest.raises(ValueError, match="columns names 'outputt', which is unknown; did you mean 'output'"):
+        ivl.Task.from_records(ROWS, name="t", instruction="x", columns={"outputt": "a"})
+
+
+def test_nan_in_json_is_a_missing_value_and_no_key_stands_twice(tmp_path):
+    for line, message in {
+        '{"input": "q", "output": NaN}': "line 1 of .*t.jsonl of task 't' has a missing value under 'output'",
+        '{"input": "q", "input": "r", "output": "a"}': "line 1 of .*t.jsonl .*a key of input, input, output stands twice",
+    }.items():
+        (tmp_path / "t.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=message):
+            ivl.Task.from_file(tmp_path / "t.jsonl", instruction="x")
 
 
 def test_several_right_answers_and_class_labels():
@@ -151,6 +193,21 @@ def test_an_instruction_stays_with_its_row():
             (None, f"Say {number}."),
         ]
     assert len(task.instructions) == 20
+    with pytest.raises(
+        ValueError, match="1 of 41 records of task 't' have no 'instruction', and those of the others differ"
+    ):
+        ivl.Task.from_records([*rows, ROWS[0]], name="t")
+
+
+def test_demonstrations_follow_the_query_s_instruction_where_enough_do():
+    rows = [{"instruction": f"Do {i % 2}.", "input": f"q{i}", "output": str(i % 2)} for i in range(40)]
+    task = ivl.Task.from_records(rows, name="two")
+    for prompt in ivl.build_prompts(task, instruction=True, shots=3):
+        assert {x.output for x in prompt.demonstrations} == {prompt.query.output}
+    with pytest.warns(
+        UserWarning, match="20 of 20 prompts of task 'two' show demonstrations that follow other instructions"
+    ):
+        ivl.build_prompts(task, instruction=True, shots=15)
 
 
 @QUICK
@@ -165,12 +222,18 @@ def test_given_splits_that_overlap_are_told():
     rows = [{**r, "split": s} for s in ("train", "test") for r in ROWS[:3]]
     with pytest.warns(UserWarning, match="3 of 3 test inputs of task 't' stand in its training split too"):
         ivl.Task.from_records(rows, name="t", instruction="x")
+    rows = [{**ROWS[9], "split": "train"}, *({**ROWS[0], "split": s} for s in ("valid", "test"))]
+    with pytest.warns(UserWarning, match="1 of 1 test inputs of task 't' stand in its valid split too"):
+        ivl.Task.from_records(rows, name="t", instruction="x")
 
 
 def test_a_query_s_input_is_never_shown_with_another_output():
     rows = [{"input": f"q{i}", "output": y, "split": "train"} for i in range(6) for y in "ab"]
     for prompt in ivl.build_prompts(ivl.Task.from_records(rows, name="t", instruction="x"), shots=5):
         assert prompt.query.input not in {x.input for x in prompt.demonstrations}
+    rows = [{"input": x, "output": "a", "split": "train"} for x in ("caf\u00e9", " Cafe\u0301", "q", "Q ", "r", "s")]
+    for prompt in ivl.build_prompts(ivl.Task.from_records(rows, name="t", instruction="x"), shots=2):
+        assert plain_text(prompt.query.input) not in {plain_text(x.input) for x in prompt.demonstrations}
 
 
 def test_more_prompts_than_queries_are_told():
@@ -187,3 +250,6 @@ def test_two_tasks_of_one_name_are_refused_and_names_are_no_paths():
         ivl.TaskSuite([one, two])
     assert len(ivl.TaskSuite([one, one])) == 1
     assert ivl.Task.from_records(ROWS, name="../up", instruction="x").name == ".._up"
+    for name in ("", ".", "..", " "):
+        with pytest.raises(ValueError, match="is no name for a task"):
+            ivl.Task.from_records(ROWS, name=name, instruction="x")

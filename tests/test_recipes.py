@@ -177,6 +177,8 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path):
         "[]": "holds (no rows|a single record)",
         '{"prompt": 1}': "holds (no rows|a single record)",
         '[{"prompt": "x", "answer": "y"}, {"prompt": "x"}]': "row 1 of .* has no 'answer'",
+        '[{"prompt": {"a": 1}, "answer": "y"}]': "row 0 of .* has no text under 'prompt'",
+        '[{"prompt": null, "answer": "y"}]': "row 0 of .* has no 'prompt'",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=f"{message}.*one folder per task") as told:
@@ -325,6 +327,21 @@ def test_what_is_set_aside_and_drawn_is_seeded(tmp_path):
 def test_rows_that_cannot_be_read_are_named(tmp_path, rows, message):
     write(tmp_path / "mmlu.jsonl", rows)
     with pytest.raises(ValueError, match=message):
+        load_general("mmlu", tmp_path)
+
+
+def test_a_folder_as_downloaded_is_read_by_its_splits(tmp_path):
+    rows = [{"question": f"{i}?", "choices": FOUR, "answer": i % 4} for i in range(12)]
+    folder = tmp_path / "mmlu"
+    for split, part in {"dev": rows[:4], "validation": rows[4:8], "test": rows[8:]}.items():
+        write(folder / "all" / f"{split}-00000-of-00001.jsonl", part)
+    write(folder / "anatomy" / "test.jsonl", rows[:1])
+    write(folder / "all" / "dataset_info.json", {})
+    (folder / "all" / "._test.jsonl").write_bytes(b"\xff")
+    task = load_general("mmlu", tmp_path)["mmlu"]
+    assert inputs(task.test) == {"8?", "9?", "10?", "11?"} and len(task) == 12
+    write(folder / "all" / "constraints.jsonl", rows[:1])
+    with pytest.raises(ValueError, match=r"can't tell which split .*constraints.jsonl is"):
         load_general("mmlu", tmp_path)
 
 

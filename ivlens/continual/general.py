@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +15,12 @@ from ivlens.continual.layouts import checked_rows, sample
 from ivlens.continual.recipes import check_known
 from ivlens.tasks.files import KINDS
 from ivlens.tasks.suite import TaskSuite
-from ivlens.tasks.task import SPLIT_ALIASES, Task
+from ivlens.tasks.task import SPLIT_ALIASES, SPLITS, Task, plain_text
 
 __all__ = ["GENERAL", "Benchmark", "load_general", "overlapping"]
 
 SET_ASIDE = 20  # rows for demonstrations, where a benchmark has only a test split
 SUFFIXES = tuple(f".{kind}{zipped}" for kind in KINDS for zipped in ("", ".gz"))
-SPLIT_NAMES = ("train", "valid", "dev", "test")  # as a part of a file's name
 Record = dict[str, Any]
 
 
@@ -168,12 +168,8 @@ def load_general(
 
 def overlapping(general: Task, trained: Task) -> list[str]:
     """Inputs of the general task's test split that stand in the trained task's training split, but for case and white space."""
-    seen = {_plain(example.input) for example in trained.train}
-    return [example.input for example in general.test if _plain(example.input) in seen]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    seen = {plain_text(example.input) for example in trained.train}
+    return [example.input for example in general.test if plain_text(example.input) in seen]
 
 
 def _load(name: str, benchmark: Benchmark, folder: Path | None, seed: int) -> Task:
@@ -211,15 +207,23 @@ def _from_folder(name: str, benchmark: Benchmark, folder: Path) -> tuple[list[Re
     for suffix in SUFFIXES:
         if (path := folder / f"{name}{suffix}").is_file():
             return checked_rows(path, (), expected), path
-    path = folder / name
-    files = [f for f in sorted(path.iterdir()) if f.name.endswith(SUFFIXES)] if path.is_dir() else []
+    path, files = folder / name, []
+    for part in (benchmark.config or "", "", "data"):  # as the hub's repositories are laid out
+        here = sorted((path / part).iterdir()) if (path / part).is_dir() else []
+        files = files or [f for f in here if f.name.endswith(SUFFIXES) and not f.name.startswith((".", "dataset_info"))]
     if not files:
         raise FileNotFoundError(
             f"no {name}{', '.join(SUFFIXES)} and no folder {name} with a file per split in {folder}; expected {expected}, "
             f"as in {benchmark.hub} on the hub"
         )
-    found = [(next((s for s in SPLIT_NAMES if s in f.name), "test"), f) for f in files]
-    return [{**row, "split": split} for split, file in found for row in checked_rows(file, (), expected)], path
+    words = {f: re.split("[^a-z]+", f.name.lower()) for f in files}
+    splits = {f: next((word for word in words[f] if word in (*SPLITS, *SPLIT_ALIASES)), None) for f in files}
+    if None in (found := set(splits.values())) and len(found) > 1:
+        unknown = next(f for f in files if splits[f] is None)
+        raise ValueError(
+            f"can't tell which split {unknown} is; call it {', '.join(SPLITS)} as the others, or move it away"
+        )
+    return [{**row, "split": splits[f] or "test"} for f in files for row in checked_rows(f, (), expected)], path
 
 
 def _converted(row: Mapping[str, Any], benchmark: Benchmark, where: str) -> Record:
@@ -227,7 +231,7 @@ def _converted(row: Mapping[str, Any], benchmark: Benchmark, where: str) -> Reco
         if "input" in row and "output" in row:
             return _asked_plainly(row)
         return benchmark.convert(*(row[column] for column in benchmark.columns))
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} can't be read ({error}); it has {', '.join(map(str, row))}, expected {', '.join(benchmark.columns)} as on the "
             "hub, or input and output"
@@ -238,7 +242,7 @@ def _asked_plainly(row: Mapping[str, Any]) -> Record:
     if not row.get("choices"):
         return {"input": row["input"], "output": row["output"]}
     choices = list(_parsed(row["choices"]))
-    record = {"input": str(row["input"]), "output": str(row["output"]), "choices": choices}
+    record = {"input": row["input"], "output": row["output"], "choices": choices}
     lettered = "".join(f"\n{letter}. {text}" for letter, text in zip(string.ascii_uppercase, choices))
     letters = string.ascii_uppercase[: len(choices)]
     if record["input"].endswith(lettered) and record["output"] in list(letters):

@@ -26,6 +26,8 @@ EXPECTED = {
     ),
 }
 
+SEVERAL = ("output", "targets", "definition")  # may hold lists of texts
+
 # -- rows of files ------------------------------------------------------------------------------------------------------
 
 
@@ -41,9 +43,13 @@ def _checked(rows: Any, keys: Sequence[str], path: Path, expected: str) -> list[
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} holds no list of rows; expected {expected}")
     for i, row in enumerate(rows):
-        missing = [key for key in keys if not isinstance(row, Mapping) or key not in row]
-        if missing:
-            raise ValueError(f"row {i} of {path} has no {missing[0]!r}; expected {expected}")
+        for key in keys:
+            value = row.get(key) if isinstance(row, Mapping) else None
+            texts = value if isinstance(value, list) and key in SEVERAL else [value]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"row {i} of {path} has no {'text under ' if value is not None else ''}{key!r}; expected {expected}"
+                )
     return rows
 
 

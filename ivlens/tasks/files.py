@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,15 @@ class Row(dict):
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a table: `.csv` or `.tsv` (commas, semicolons or tabs), `.jsonl`, `.json` (a list of rows, columns by name, or
-    `{"data": …}` with either), `.parquet`; each also gzipped.
+    """The rows of a table: `.csv` or `.tsv` (commas, semicolons or tabs), `.jsonl`, `.json` (a list of rows, a row in each line, columns
+    by name, or `{"data": …}` with a list or columns), `.parquet`; each also gzipped.
 
     Raises
     ------
     FileNotFoundError, ValueError
         If there is no such file, or it is of another kind, empty, truncated, ragged or not UTF-8; with file and line.
     """
-    path = Path(path).expanduser()
+    path = _found(Path(path))
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of a {EXPECTED} file")
     zipped = path.suffix.lower() == ".gz"
@@ -42,14 +44,14 @@ def read_rows(path: str | Path) -> list[Row]:
         raise ValueError(f"can't read {path.name}: choose a {EXPECTED} file")
     try:
         content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} can't be unpacked ({error}); download or write it again") from error
     if not content.strip():
         raise ValueError(f"{path} is empty; put one record in each line")
     if kind == "parquet":
         rows = _parquet(content, path)
     elif kind == "json":
-        rows = _json(json_value(_decoded(content, path), str(path)), path)
+        rows = _json(_decoded(content, path), path)
     elif kind == "jsonl":
         rows = _lines(_decoded(content, path), path)
     else:
@@ -64,21 +66,39 @@ def read_text(path: Path) -> str:
     return _decoded(path.read_bytes(), path)
 
 
-def _decoded(content: bytes, path: Path) -> str:
-    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+def _found(path: Path) -> Path:
+    """The path as it is; only where nothing stands there, with `~` as the home folder."""
     try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
+        return path if path.exists() else path.expanduser()
+    except (RuntimeError, ValueError):  # no such user; no possible path
+        return path
+
+
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "UTF-8")
+    try:
+        return content.decode(encoding.replace("UTF-8", "utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"line {line} of {path} is not UTF-8; save the file again in that encoding") from error
+        raise ValueError(f"line {line} of {path} is not {encoding}; save the file again as UTF-8") from error
 
 
 def json_value(text: str, place: str) -> Any:
-    """JSON with numbers and truth values as the texts that they are written as."""
+    """JSON with numbers and truth values as the texts that they are written as; NaN, which some write for nothing, is none."""
     try:
-        return _written(json.loads(text, parse_int=str, parse_float=str, parse_constant=str))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return _written(json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=_object))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is truncated or not JSON ({error}); write or download it again") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a key of {', '.join(key for key, _ in pairs)} stands twice")
+    return values
 
 
 def _written(value: Any) -> Any:
@@ -97,7 +117,11 @@ def _lines(text: str, path: Path) -> list[Row]:
     return rows
 
 
-def _json(content: Any, path: Path) -> list[Row]:
+def _json(text: str, path: Path) -> list[Row]:
+    first, _, rest = text.strip().partition("\n")
+    if rest and first.startswith("{") and first.rstrip().endswith("}"):
+        return _lines(text, path)
+    content = json_value(text, str(path))
     if isinstance(content, dict) and isinstance(content.get("data"), (list, dict)):
         content = content["data"]
     if isinstance(content, dict):
@@ -120,17 +144,17 @@ def _row(row: Any, place: str) -> Row:
 
 
 def _delimited(text: str, path: Path, delimiter: str | None) -> list[Row]:
-    header = text.lstrip("\r\n").split("\n", 1)[0]
-    if header.endswith("\r"):  # that system's line ends, in cells too
+    if text.lstrip("\r\n").partition("\n")[0].endswith("\r"):  # that system's line ends, in cells too
         text = text.replace("\r\n", "\n")
-    delimiter = delimiter or max(",;\t", key=header.count)  # programs of some countries write semicolons
+    header = re.sub('"[^"]*"', "", text.strip()).splitlines()[:1]  # none where one cell is all there is
+    delimiter = delimiter or max(",;\t", key="".join(header).count)  # programs of some countries write semicolons
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, names = [], None
     try:
         for cells in reader:
             place = f"line {reader.line_num} of {path}"
-            if not cells:
-                continue
+            if not any(cells) or (len(cells) == 1 and not cells[0].strip()):
+                continue  # a blank line
             if names is None:
                 names = _names(cells, path)
                 continue

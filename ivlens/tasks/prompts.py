@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ivlens.tasks.chat import chat_parts
-from ivlens.tasks.task import Example, Task, same_input
+from ivlens.tasks.task import Example, Task, plain_text, same_input
 
 __all__ = ["STYLES", "Prompt", "build_prompts", "common_stop"]
 
@@ -153,19 +153,31 @@ def build_prompts(
             )
         rng.shuffle(numbered)
         numbered = [numbered[i % len(numbered)] for i in range(n)]
-    pool = list(dict.fromkeys(task.train)) if shots else []
+    pool = [(plain_text(x.input), x) for x in dict.fromkeys(task.train)] if shots else []
+    mixed = 0
     told = tuple(sorted((template or {}).items()))
     prompts = []
     for number, query in numbered:
-        others = [x for x in pool if x.input != query.input]
+        asked = plain_text(query.input)
+        others = [x for given, x in pool if given != asked]
         if len(others) < shots:
             raise ValueError(
                 f"shots={shots} needs at least {shots + 1} training examples with different inputs, but task {task.name!r} has "
-                f"{len({x.input for x in pool})}; use fewer shots or give the task more records"
+                f"{len({given for given, _ in pool})}; use fewer shots or give the task more records"
             )
         text = _instruction(task, query, instruction, rng)
+        if text and text == query.instruction:  # its own: rows of another one answer something else
+            alike = [x for x in others if x.instruction == text]
+            others = alike if len(alike) >= shots else others
+            mixed += others is not alike
         shown = tuple(rng.sample(others, shots))
         prompts.append(Prompt(query, shown, text, style, task.name, told, f"{split} example {number}"))
+    if mixed:
+        warnings.warn(
+            f"{mixed} of {len(prompts)} prompts of task {task.name!r} show demonstrations that follow other instructions than theirs: "
+            f"fewer than shots={shots} training examples share it; use shots=0, or give the task one instruction",
+            stacklevel=2,
+        )
     return prompts
 
 

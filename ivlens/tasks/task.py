@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import random
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ivlens.common.hints import hint
+from ivlens.tasks.cells import cell_text, cell_texts
 from ivlens.tasks.files import read_rows
 
 if TYPE_CHECKING:
@@ -71,7 +74,9 @@ class Task:
     description: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", re.sub(r"[/\\]", "_", self.name))  # names become folders
+        object.__setattr__(self, "name", re.sub(r"[/\\\0]", "_", self.name))  # names become folders
+        if not self.name.strip(" ."):
+            raise ValueError(f"name={self.name!r} is no name for a task; give one with a letter or digit in it")
         if not self.instructions or not all(self.instructions):
             raise ValueError(
                 f"task {self.name!r} has no instruction; give at least one sentence that says what to do (instruction)"
@@ -117,14 +122,21 @@ class Task:
         Raises
         ------
         ValueError
-            If there are no records, a cell is missing or no text, or an output is not among its choices.
+            If there are no records, a cell is missing or no text, an output is not among its choices, or only some records
+            have an instruction where these differ.
         """
+        if unknown := sorted(set(columns or {}) - {*KEYS, "split"}):
+            raise ValueError(f"columns names {unknown[0]!r}, which is unknown; {hint(unknown[0], [*KEYS, 'split'])}")
         names = {key: (columns or {}).get(key, key) for key in (*KEYS, "split")}
         examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
         loose: list[Example] = []
         for i, record in enumerate(records):
             place = f"{getattr(record, 'place', f'record {i}')} of task {name!r}"
-            example, split = _example(record, names, place), _cell(record, names["split"], place)
+            if not isinstance(record, Mapping):
+                raise ValueError(
+                    f"{place} is {record!r}, no dictionary; give a list of them (of a DataFrame: to_dict('records'))"
+                )
+            example, split = _example(record, names, place), cell_text(record, names["split"], place)
             split = SPLIT_ALIASES.get(split, split)
             if split is not None and split not in SPLITS:
                 raise ValueError(f"{place} has split={split!r}; choose one of {', '.join(SPLITS)}")
@@ -147,6 +159,12 @@ class Task:
         _warn_of_shared(name, examples)
         if instruction is None:
             instruction = list(dict.fromkeys(x.instruction for x in everything if x.instruction))
+            bare = sum(x.instruction is None for x in everything)
+            if bare and len(instruction) > 1:
+                raise ValueError(
+                    f"{bare} of {len(everything)} records of task {name!r} have no {names['instruction']!r}, and those of the others "
+                    "differ; give each record its own, or one to all (instruction=...)"
+                )
             if len(instruction) == 1:  # the task's
                 examples = {s: [replace(x, instruction=x.instruction and None) for x in examples[s]] for s in SPLITS}
         wordings = (instruction,) if isinstance(instruction, str) else tuple(instruction)
@@ -196,8 +214,8 @@ class Task:
 
 
 def _example(record: Mapping[str, Any], names: Mapping[str, str], place: str) -> Example:
-    cells = {key: _cell(record, names[key], place) for key in KEYS if key not in LISTS}
-    lists = {key: _texts(record, names[key], place) for key in LISTS}
+    cells = {key: cell_text(record, names[key], place) for key in KEYS if key not in LISTS}
+    lists = {key: cell_texts(record, names[key], place) for key in LISTS}
     if lists["outputs"] and not cells["output"]:
         cells["output"] = lists["outputs"][0]
     if not cells["input"] and cells["instruction"]:  # the instruction says it all
@@ -223,33 +241,6 @@ def _example(record: Mapping[str, Any], names: Mapping[str, str], place: str) ->
     return Example(cells["input"], output, choices=choices, outputs=outputs, **plain)
 
 
-def _cell(record: Mapping[str, Any], column: str, place: str) -> str | None:
-    """A cell as text, or None where there is none. What isn't one text is refused: its repr would be taken for data."""
-    value = record.get(column)
-    if value is None or isinstance(value, str):
-        return value if value and value.strip() else None
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        value = value.item()
-    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    several = f"; give several right answers as a list under {'outputs'!r}" if isinstance(value, (list, tuple)) else ""
-    what = "a missing value" if value != value else f"a {type(value).__name__}"  # NaN
-    raise ValueError(f"{place} has {what} under {column!r}, not a text: {str(value)[:60]}{several}")
-
-
-def _texts(record: Mapping[str, Any], column: str, place: str) -> list[str] | None:
-    given = record.get(column)
-    if given is None:
-        return None
-    given = given.tolist() if hasattr(given, "tolist") and type(given).__module__ == "numpy" else given
-    if not isinstance(given, (list, tuple)):
-        raise ValueError(f"{place} has {column}={given!r}; give a list of texts")
-    texts = [_cell({column: x}, column, place) for x in given]
-    if not texts or None in texts:
-        raise ValueError(f"{place} has {column}={given!r}; give a list of texts, none of them empty")
-    return texts
-
-
 def _labelled(dataset: Any) -> list[Mapping[str, Any]]:
     """Rows of a `Dataset`, class labels by their names."""
     labels = {n: f for n, f in (getattr(dataset, "features", None) or {}).items() if hasattr(f, "int2str")}
@@ -257,9 +248,14 @@ def _labelled(dataset: Any) -> list[Mapping[str, Any]]:
     return [{**row, **{name: text(row[name]) for name, text in names.items()}} for row in dataset]
 
 
+def plain_text(text: str) -> str:
+    """But for case, white space and how accents are composed."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
 def same_input(example: Example) -> str:
-    """What two examples share that ask the same: input and own instruction, but for case and white space."""
-    return " ".join(f"{example.instruction or ''} {example.input}".casefold().split())
+    """What two examples share that ask the same: input and own instruction, as plain texts."""
+    return plain_text(f"{example.instruction or ''} {example.input}")
 
 
 def _cut(examples: Sequence[Example], *sizes: int) -> list[list[Example]]:
@@ -279,11 +275,12 @@ def _cut(examples: Sequence[Example], *sizes: int) -> list[list[Example]]:
 
 def _warn_of_shared(name: str, examples: Mapping[str, Sequence[Example]]) -> None:
     """Where given splits overlap."""
-    train = set(map(same_input, examples["train"]))
-    for split in ("valid", "test"):
-        if shared := [x for x in examples[split] if same_input(x) in train]:
+    texts = {split: set(map(same_input, examples[split])) for split in SPLITS}
+    for other, split in itertools.combinations(SPLITS, 2):
+        if shared := [x for x in examples[split] if same_input(x) in texts[other]]:
+            where = "training" if other == "train" else other
             warnings.warn(
-                f"{len(shared)} of {len(examples[split])} {split} inputs of task {name!r} stand in its training split too "
+                f"{len(shared)} of {len(examples[split])} {split} inputs of task {name!r} stand in its {where} split too "
                 f"(such as {shared[0].input[:60]!r}): scores on them say little",
                 stacklevel=3,
             )
