@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ __all__ = ["DEMO_TASKS", "run_demo"]
 
 # Chosen by measuring all built-in tasks on the built-in model: those it does with ten demonstrations.
 DEMO_TASKS = ("present_past", "singular_plural", "last_of_list", "capitalize", "lowercase")
+SCALES = (1.0, 2.0, 3.0)
 SHOWN = {"present_past": ("walk", "sing"), "singular_plural": ("house", "child"), "capitalize": ("river", "music")}
 
 
@@ -69,14 +71,10 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
     searches = {}
     for task in tqdm(tasks.values(), desc="vectors"):
         vector = extract_vector(model, task, heads, n_prompts=20, seed=seed)
-        searches[task.name] = tune_injection(
-            model,
-            task,
-            vector,
-            layers=range(0, vector.metadata["signature"]["n_layers"], 2),
-            scales=(1.0, 2.0, 3.0),
-            n_prompts=20,
-        )
+        layers = range(0, vector.metadata["signature"]["n_layers"], 2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the best scale stands at the edge")  # the report says so
+            searches[task.name] = tune_injection(model, task, vector, layers=layers, scales=SCALES, n_prompts=20)
     return searches
 
 
@@ -117,7 +115,8 @@ def _report(
         ),
         Section(
             "The vectors",
-            "The ten strongest heads' mean outputs, summed per task: one direction in the residual stream each.",
+            "The ten strongest heads' mean outputs, summed per task: one direction in the residual stream each."
+            + _edge(searches),
             [plot_similarity(vectors), *(search.plot() for search in searches.values())],
         ),
         Section(
@@ -145,6 +144,16 @@ def _report(
         summary=summary,
         sections=sections,
         about={key: str(value) for key, value in effects.metadata.items()},
+    )
+
+
+def _edge(searches: Mapping[str, InjectionSearch]) -> str:
+    """Where the best scale is the largest tried."""
+    at = [name for name, search in searches.items() if search.best.scale == max(SCALES)]
+    return (
+        f"\n\nThe best scale is the largest tried, {max(SCALES):g}, for {', '.join(at)}: more may work better."
+        if at
+        else ""
     )
 
 

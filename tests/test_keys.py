@@ -126,3 +126,11 @@ def test_a_record_says_what_differs():
     assert not differences(record(0, "x", 0), record(0, "x", 0))
     assert differences(record(0, "x", 0), record(0, "y", False)) == "flag: 0 there, False now"
     assert differences(record(0, "x", 0), record(0, "y", 0)) == "data: other contents than there"
+
+
+def test_a_long_bias_has_a_key_that_changes_with_any_number_in_it():
+    bias = torch.nn.Linear(1, 70_000)
+    before = key(bias)
+    with torch.no_grad():
+        bias.bias[12_345] += 1
+    assert key(bias) != before

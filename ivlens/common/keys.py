@@ -17,7 +17,7 @@ __all__ = ["differences", "files_key", "key", "recorded", "weights_fingerprint"]
 WHOLE, SAMPLES = (
     1 << 16,
     4096,
-)  # weights up to this size are read whole; of larger ones so many, beside the sums of rows
+)  # weights up to that size are read whole; of larger ones so many, beside the sums of rows
 
 
 def key(*parts: Any, **named: Any) -> str:
@@ -144,7 +144,7 @@ def _weight(weight: torch.Tensor) -> list[Any]:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(weight.element_size(), torch.int64)
     bits = weight.detach().contiguous().view(whole)
     some = bits.flatten()[:: max(bits.numel() // SAMPLES, 1)]
-    return [*about, _hash(_bytes(some)), _hash(_bytes(bits.flatten(0, -2).sum(-1, dtype=torch.int64)))]
+    return [*about, _hash(_bytes(some)), _hash(_bytes(bits.reshape(-1, bits.shape[-1]).sum(-1, dtype=torch.int64)))]
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -21,9 +21,8 @@ __all__ = [
     "wilson",
 ]
 
-Groups = Sequence[
-    Any
-]  # arrays [prompt, ...], such as one per task; groups count the same, however many prompts they have
+# Arrays [prompt, ...], such as one per task; groups count the same, however many prompts they have.
+Groups = Sequence[Any]
 Queries = Sequence[Sequence[Any]]  # by group: which query each prompt asks; None: each prompt its own
 
 

@@ -256,6 +256,11 @@ class Backend(ABC):
         return shares * scale * gain.to(shares)
 
 
+def additive_mask(allowed: Bool[Tensor, "batch q k"], dtype: torch.dtype) -> Float[Tensor, "batch 1 q k"]:
+    """The 4-D mask that attention layers add to their scores: 0 where a query may look, the lowest number where it may not."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+
+
 def append_copies(x: Float[Tensor, "batch rows d"], block: int, new: int) -> Float[Tensor, "batch more d"]:
     """Append `new` copies of the unpatched block, which is the first."""
     return x if new == 0 else torch.cat([x, x[:, :block].repeat(1, new, 1)], dim=1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivlens.models.backend import Backend, Prefix, append_copies, keeping, position_ids
+from ivlens.models.backend import Backend, Prefix, additive_mask, append_copies, keeping, position_ids
 
 __all__ = ["BridgeBackend"]
 
@@ -104,7 +104,7 @@ class BridgeBackend(Backend):
     def run_copies(self, prefix, masks, new_copies, hooks, keep):
         block, copies = prefix.block, 1 + sum(new_copies)
         rows, dtype = copies * block, prefix.logits.dtype
-        additive = {id(allowed): _additive(allowed, dtype) for allowed in masks}  # layers that see alike share one
+        additive = {id(allowed): additive_mask(allowed, dtype) for allowed in masks}  # layers that see alike share one
 
         def grow(layer: int, n: int):
             def pre_hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -172,10 +172,6 @@ def _lean_unembedding(unembed: Any) -> Iterator[None]:
         handle.remove()
         if zero:
             buffers["bias"] = bias
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def _causal(attention_mask: Tensor, queries: int) -> Tensor:

@@ -117,10 +117,14 @@ def _dtype(model: Any) -> torch.dtype:
 
 
 def _adapter_layers(model: Any) -> dict[Any, str]:
-    """Active adapter layers, by module. Each must run: fresh ones change nothing yet, but will."""
+    """Active adapter layers, by module. Each must run: fresh ones change nothing yet, but will.
+
+    But for experts', of which a few tokens don't reach all.
+    """
     inner = getattr(model, "original_model", model)
     return {
         module: name
         for name, module in inner.named_modules()
         if hasattr(module, "active_adapters") and hasattr(module, "base_layer") and not module.disable_adapters
+        if ".experts." not in name
     }

@@ -16,7 +16,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.comparison import without_training
 from ivlens.running.batches import in_batches
 from ivlens.running.positions import Injection
-from ivlens.running.scores import check_finite, normalized
+from ivlens.running.scores import check_finite, measure, normalized
 from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left
 
 __all__ = ["Completions", "choose", "complete"]
@@ -216,11 +216,8 @@ def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], li
     """First-token hit and log-probability of each answer, teacher-forced."""
     answers, counted = fill_right(given, run.fed.device)
     logits = run.along(answers)
-    check_finite(logits.amax(-1), logits.dtype)
-    logits = logits.float()
     first = (logits[:, 0].argmax(-1) == answers[:, 0]).float().tolist()
-    per_token = logits.gather(-1, answers[..., None])[..., 0] - logits.logsumexp(-1)
-    return first, torch.where(counted, per_token, 0.0).sum(-1).tolist()
+    return first, measure("log_probability", logits[:, None], answers, counted)[:, 0].tolist()
 
 
 def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[Sequence[str]] | None) -> list[str]:

@@ -119,13 +119,11 @@ class _Place:
     def __init__(self, backend: Backend, positions: str | Tensor):
         self.backend, self.positions = backend, positions
         self.thread = threading.get_ident()
-        self.generating: list[
-            int | None
-        ] = []  # prompt lengths of the calls of `generate` under way; None until the first pass
-        self.start, self.last = (
-            0,
-            None,
-        )  # column of the pass's first token; of each row's last prompt token, None after it
+        # Prompt lengths of the calls of `generate` under way; None until the first pass.
+        self.generating: list[int | None] = []
+        # Columns of the pass's first token, and of each row's last prompt token (None where the prompt lies behind).
+        self.start = 0
+        self.last: Tensor | None = None
         self.runs = 0
 
     @property
@@ -137,11 +135,8 @@ class _Place:
         """Before a forward pass: what it's called with."""
         if self.elsewhere:
             return
-        tokens = (
-            given
-            if given is not None
-            else next(options[k] for k in ("input_ids", "input", "inputs_embeds") if k in options)
-        )
+        named = [options[k] for k in ("input_ids", "input", "inputs_embeds") if options.get(k) is not None]
+        tokens = given if given is not None else named[0]
         if not isinstance(tokens, Tensor):
             tokens = self.backend.model.to_tokens(tokens)
         rows, new = tokens.shape[:2] if tokens.dim() > 1 else (1, len(tokens))

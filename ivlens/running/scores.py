@@ -31,13 +31,15 @@ def measure(
     whole answer, teacher-forced: `log_probability` is summed over its tokens (nats), `accuracy` is 1 where every one of them
     is ranked first, which is where greedy decoding gives the answer.
     """
-    check_finite(logits.amax(-1), logits.dtype)
     index = answers[:, None, :, None].expand(-1, logits.shape[1], -1, 1)
     if metric == "accuracy":
-        return ((logits.argmax(-1) == index[..., 0]) | ~answer_mask[:, None]).all(-1).float()
+        best = logits.max(-1)
+        check_finite(best.values, logits.dtype)
+        return ((best.indices == index[..., 0]) | ~answer_mask[:, None]).all(-1).float()
     if metric != "log_probability":
         first = logits[:, :, 0]
         chosen = first.gather(-1, index[:, :, 0])[..., 0].float()
+        check_finite(chosen, logits.dtype)
         if metric == "logit":
             return chosen
         if metric == "logit_difference":
@@ -61,7 +63,9 @@ def check_finite(x: Tensor, dtype: torch.dtype) -> None:
 
 def _log_normalizer(logits: Float[Tensor, "batch copy *answer d_vocab"]) -> Float[Tensor, "batch copy *answer"]:
     """logsumexp in float32, some copies at a time: temporaries as large as the logits cost more than the sums."""
-    return torch.stack([torch.cat([x.float().logsumexp(-1) for x in row.split(32)]) for row in logits])
+    found = torch.stack([torch.cat([x.float().logsumexp(-1) for x in row.split(32)]) for row in logits])
+    check_finite(found, logits.dtype)
+    return found
 
 
 def check_metric(metric: str) -> None:

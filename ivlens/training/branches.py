@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ivlens.models.backend import additive_mask
+from ivlens.running.masks import branch_mask
+
 __all__ = ["Branch", "Fed", "doubled", "packed", "packing_fits", "single"]
 
 
@@ -88,14 +91,7 @@ def packed(inputs: dict[str, Tensor], last: Int[Tensor, " row"], dtype: torch.dt
     copied = real.gather(1, source) & (last[:, None] + steps < width)
     fed = {key: torch.cat([x, x.gather(1, source)], dim=1) for key, x in inputs.items() if key != "attention_mask"}
 
-    total = width + len(steps)
-    visible = torch.zeros(len(last), total, total, dtype=torch.bool, device=last.device)
-    visible[:, :width, :width] = real[:, None]
-    visible[:, width:, :width] = before[:, None]
-    visible[:, width:, width:] = copied[:, None]
-    visible = visible.tril() | torch.eye(total, dtype=torch.bool, device=last.device)  # padding sees itself: no NaN
-    mask = torch.zeros(visible.shape, dtype=dtype, device=last.device)
-    fed["attention_mask"] = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    fed["attention_mask"] = additive_mask(branch_mask(real, before, copied), dtype)
     plain = torch.where(columns < last[:, None], columns, width + columns - last[:, None])
     return Fed(fed, Branch(columns), Branch(plain))
 
