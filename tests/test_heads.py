@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -305,7 +307,20 @@ def test_distractors_that_begin_like_their_answer_are_refused(model, replacement
 
 
 @pytest.mark.model
-def test_half_precision_says_that_small_effects_are_noise(tokenizer, task):
-    model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, backend="bridge", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_heads_own_output_changes_nothing(tokenizer, dtype):
+    model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, dtype=dtype)
+    own, declared = {name: t.data_ptr() for name, t in model.named_parameters()}, model.cfg.dtype
+    for tokens in tiny.tokens(5, 9):
+        effects = head_effects(model, [tokens], ["7"], mean_head_outputs(model, [tokens]), metric="log_probability")
+        assert effects.abs().max() < 1e-5
+    assert {name: t.data_ptr() for name, t in model.named_parameters()} == own and model.cfg.dtype == declared
+    assert all(t.dtype == dtype for t in model.parameters())
+
+
+@pytest.mark.model
+def test_half_precision_without_room_for_float32_says_that_small_effects_are_noise(tokenizer, task, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="effects in bfloat16 carry rounding noise"):
         ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False, method="full")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from ivlens.common.keys import key
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
+from ivlens.models.precision import in_float32
 from ivlens.running.reading import read_prompts
 from ivlens.running.replay import Sweep
 from ivlens.running.scores import check_finite, check_metric
@@ -64,7 +64,7 @@ def head_outputs(
     rows = tokenize(backend, prompts)
     # Scored by the first token of the answer, which needs no answer tokens in the input.
     rows = [TokenizedPrompt(r.prompt, r.answer[:1] if only_correct else ()) for r in rows]
-    with tqdm(total=len(rows), desc="mean head outputs", disable=not progress) as bar:
+    with tqdm(total=len(rows), desc="mean head outputs", disable=not progress) as bar, in_float32(backend.model):
         read = read_prompts(backend, rows, z=True, batch_size=batch_size, bar=bar)
     z = read.z[read.scores["accuracy"] == 1] if only_correct else read.z
     if not len(z):
@@ -158,12 +158,6 @@ def sweep_heads(
         for i, site in enumerate(sites):
             x[:, i, heads[site][1]] = replacement[layer, heads[site][1], : x.shape[-1]].to(x)
 
-    if (dtype := next(backend.model.parameters()).dtype) in (torch.bfloat16, torch.float16):
-        warnings.warn(
-            f"effects in {str(dtype).removeprefix('torch.')} carry rounding noise, of up to some hundredths of a probability; load "
-            "the model with dtype=torch.float32 to tell small effects from it",
-            stacklevel=3,
-        )
     sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write)
     return Sweep(backend, tokenized, sites, metric=metric, distractors=wrong, **options)
 

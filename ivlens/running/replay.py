@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ivlens.models.backend import Backend, Prefix
 from ivlens.models.comparison import evaluating
+from ivlens.models.precision import in_float32
 from ivlens.running.batches import out_of_memory
 from ivlens.running.masks import copy_masks
 from ivlens.running.scores import WHOLE_ANSWER, measure
@@ -72,7 +73,8 @@ class Sweep:
 
     def run(self, todo: Sequence[int] | None = None) -> Iterator[Swept]:
         """Yields batches of prompts as they are done, in any order."""
-        with evaluating(self.backend.model, getattr(self.backend.model, "original_model", self.backend.model)):
+        model = self.backend.model
+        with evaluating(model, getattr(model, "original_model", model)), in_float32(model):
             yield from self._batches(todo)
 
     def _batches(self, todo: Sequence[int] | None) -> Iterator[Swept]:

@@ -1,0 +1,50 @@
+"""Half-precision models measured in float32 arithmetic, which rounds away less than a head does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+__all__ = ["in_float32"]
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Inside, the same weights in float32; afterwards the model holds its own tensors again.
+
+    In bfloat16 every patch, whatever it does, moves the answer's probability by some hundredths: what follows is rounded
+    otherwise. On a GPU, where float32 takes many times as long, and where memory doesn't allow it, a warning says so.
+    """
+    modules = {id(module): module for module in (model, getattr(model, "original_model", model))}.values()
+    tensors = {id(t): t for module in modules for t in [*module.parameters(), *module.buffers()] if t.dtype in HALF}
+    if not tensors:
+        yield
+        return
+    size = sum(4 * t.numel() for t in tensors.values())
+    if any(t.device.type != "cpu" for t in tensors.values()) or size > 0.8 * psutil.virtual_memory().available:
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        warnings.warn(
+            f"effects in {dtype} carry rounding noise, of up to some hundredths of a probability; load the model with "
+            "dtype=torch.float32 to tell small effects from it",
+            stacklevel=5,
+        )
+        yield
+        return
+    own, dtype = {key: t.data for key, t in tensors.items()}, model.cfg.dtype
+    try:
+        with torch.inference_mode(False):
+            for tensor in tensors.values():
+                tensor.data = tensor.data.float()
+        model.cfg.dtype = torch.float32
+        yield
+    finally:
+        model.cfg.dtype = dtype
+        for key, tensor in tensors.items():
+            tensor.data = own[key]
