@@ -1,46 +1,19 @@
-"""Options that commands share, and how they load, print and fail."""
+"""How commands load, report, print and fail."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ivlens.report import Section
     from ivlens.tasks.suite import TaskSuite
-
-ModelName = Annotated[str, typer.Option("--model", "-m", help="smollm2, a hub id, a folder or a .gguf file")]
-BackendName = Annotated[str, typer.Option("--backend", help="auto, bridge or hooked")]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter to put on the model")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
-TaskNames = Annotated[
-    list[str] | None, typer.Option("--task", "-t", help="A built-in task; may be given several times")
-]
-TaskFiles = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--file",
-        help="Your own task: .jsonl, .json, .csv, .tsv or .parquet with input and output; may be given several times",
-    ),
-]
-Told = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--instruction", help="What the task in --file asks for, one per file; default: the file's `instruction`"
-    ),
-]
-Shots = Annotated[int, typer.Option("--shots", help="Demonstrations in each prompt")]
-Style = Annotated[str, typer.Option("--style", help="qa, plain or chat")]
-Layer = Annotated[int | None, typer.Option("--layer", help="After which layer to inject; default: the vector's own")]
-Scale = Annotated[float | None, typer.Option("--scale", help="Strength; negative subtracts")]
-Seed = Annotated[int, typer.Option("--seed")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results")]
-
 
 # What input can't cause: let it be seen.
 BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, NotImplementedError, RecursionError)
@@ -76,9 +49,7 @@ def read_tasks(names: list[str] | None, files: list[Path] | None, instructions: 
         return load_tasks(names or None)
     told = instructions or [None] * len(files)
     if len(told) != len(files):
-        raise ValueError(
-            f"{len(files)} --file but {len(told)} --instruction; give one sentence per file, in the same order"
-        )
+        raise ValueError(f"{len(files)} --file but {len(told)} --instruction; give one per file, in the same order")
     known = {name: f"the built-in task {name!r}" for name in names or ()}
     own = []
     for file, text in zip(files, told):
@@ -98,8 +69,12 @@ def vector_folders(folder: Path, suite: TaskSuite) -> dict[str, Path]:
     return folders
 
 
-def about(metadata: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in metadata.items() if value is not None}
+def report(out: Path, title: str, sections: list[Section], metadata: dict[str, Any]) -> None:
+    """`report.html` in the folder."""
+    from ivlens.report import write_report
+
+    about = {key: str(value) for key, value in metadata.items() if value is not None}
+    write_report(out / "report.html", title=title, sections=sections, about=about)
 
 
 def say(text: str) -> None:

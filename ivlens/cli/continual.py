@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
+import ivlens.cli.options as opt
 from ivlens.cli.app import app
-from ivlens.cli.common import ModelName, Out, about, print_table, readable_errors, say
+from ivlens.cli.common import print_table, readable_errors, report, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,31 +17,28 @@ if TYPE_CHECKING:
     from ivlens.continual import ContinualResults
 
 
+_SEQUENCE = "Instead of a file: a built-in task; give several, in order"
+
+
 @app.command()
 def continual(
-    config: Annotated[Path | None, typer.Argument(help="A .yaml file with the options of ivl.continual.run")] = None,
-    sequence: Annotated[
-        list[str] | None,
-        typer.Option("--task", "-t", help="Instead of a file: a built-in task; give several, in order"),
-    ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Instead: a published benchmark, such as trace or func")] = None,
-    general: Annotated[
-        list[str] | None, typer.Option(help="A built-in task to watch; may be given several times")
-    ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; with a file, only this one of its")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="A seed; with a file, instead of its")] = None,
-    model: ModelName = "smollm2",
-    steps: Annotated[int, typer.Option(help="Steps per stage")] = 100,
-    learning_rate: Annotated[float, typer.Option("--lr")] = 1e-4,
-    n_prompts: Annotated[int, typer.Option("--n-prompts", help="Test prompts per task")] = 100,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what is to be done and how long it takes")
-    ] = False,
-    out: Out = Path("continual"),
+    config: Annotated[Path | None, Argument(help="A .yaml file with the options of ivl.continual.run")] = None,
+    sequence: Annotated[list[str] | None, Option("--task", "-t", help=_SEQUENCE)] = None,
+    recipe: Annotated[str | None, Option(help="Instead: a published benchmark, such as trace or func")] = None,
+    general: Annotated[list[str] | None, Option(help="A built-in task to watch; may be given several times")] = None,
+    method: Annotated[list[str] | None, Option(help="A method; with a file, only this one of its")] = None,
+    seed: Annotated[list[int] | None, Option(help="A seed; with a file, instead of its")] = None,
+    model: opt.Model = "smollm2",
+    steps: Annotated[int, Option(help="Steps per stage")] = 100,
+    learning_rate: Annotated[float, Option("--lr")] = 1e-4,
+    n_prompts: Annotated[int, Option("--n-prompts", help="Test prompts per task")] = 100,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what is to be done and how long it takes")] = False,
+    out: opt.Out = Path("continual"),
 ) -> None:
     """Train on tasks one after the other, by several methods; what is kept of the earlier ones and in general."""
     with readable_errors():
         from ivlens.continual import read_config, run
+        from ivlens.tasks import load_tasks
 
         if config is not None:
             options = read_config(config)
@@ -49,7 +47,7 @@ def continual(
         else:
             if (recipe is None) == (not sequence):
                 raise ValueError("name what to train on: a .yaml file, --recipe, or --task several times")
-            options = {"sequence": recipe or _tasks(sequence), "general": general or (), "model": model}
+            options = {"sequence": recipe or load_tasks(sequence or []), "general": general or (), "model": model}
             options |= {"steps": steps, "learning_rate": learning_rate, "n_prompts": n_prompts}
             options |= {"methods": method} if method else {}
         options |= {"seeds": seed} if seed else {}
@@ -63,12 +61,6 @@ def continual(
         _report(found, folder)
     print_table(_means(found), "Means over tasks and seeds, in points; intervals are in the report")
     say(f"Wrote {folder / 'results.json'} and {folder / 'report.html'}")
-
-
-def _tasks(names: list[str] | None):
-    from ivlens.tasks import load_tasks
-
-    return load_tasks(names or [])
 
 
 def _only(methods, chosen: list[str]):
@@ -88,7 +80,7 @@ def _means(found: ContinualResults) -> pd.DataFrame:
 
 
 def _report(found: ContinualResults, folder: Path) -> None:
-    from ivlens.report import Section, write_report
+    from ivlens.report import Section
 
     sections = [
         Section("What each method keeps and learns", repr(found), [found.plot(), found.table().reset_index()]),
@@ -98,4 +90,4 @@ def _report(found: ContinualResults, folder: Path) -> None:
     if len(found.similarity):
         sections.append(Section("Instruction vectors along the sequence", "", [found.plot("similarity")]))
     sections.append(Section("All numbers", "", [found.to_dataframe(), found.costs]))
-    write_report(folder / "report.html", title="Continual learning", sections=sections, about=about(found.metadata))
+    report(folder, "Continual learning", sections, found.metadata)

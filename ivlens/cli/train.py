@@ -5,64 +5,46 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
+import ivlens.cli.options as opt
 from ivlens.cli.app import app
-from ivlens.cli.common import (
-    ModelName,
-    Out,
-    Seed,
-    Style,
-    TaskFiles,
-    TaskNames,
-    Told,
-    about,
-    load,
-    print_table,
-    read_tasks,
-    readable_errors,
-    say,
-    vector_folders,
-)
+from ivlens.cli.common import load, print_table, read_tasks, readable_errors, report, say, vector_folders
 
 if TYPE_CHECKING:
     from ivlens.dynamics import Change, Recovery
     from ivlens.tasks.suite import TaskSuite
 
-Heads = Annotated[
-    Path | None, typer.Option("--heads", help="effects.safetensors of `ivlens locate`; default: located now")
-]
-Top = Annotated[int, typer.Option("--top", help="How many heads make a vector")]
-Shots = Annotated[int, typer.Option("--shots", help="Demonstrations in each prompt")]
-Asked = Annotated[bool, typer.Option("--ask", help="Put an instruction into each prompt")]
-NPrompts = Annotated[int, typer.Option("--n-prompts", help="Test prompts per task")]
+_HEADS = "effects.safetensors of `ivlens locate`; default: located now"
+Heads = Annotated[Path | None, Option("--heads", help=_HEADS)]
+Top = Annotated[int, Option("--top", help="How many heads make a vector")]
+Asked = Annotated[bool, Option("--ask", help="Put an instruction into each prompt")]
+NPrompts = Annotated[int, Option("--n-prompts", help="Test prompts per task")]
+_METHODS = "lora, fresh_lora, ewc, lwf, replay, o_lora, averaging, iv or fvg; default: lora, or iv"
 
 
 @app.command()
 def train(
-    task: Annotated[list[str] | None, typer.Argument(help="Built-in tasks to train on")] = None,
-    model: ModelName = "smollm2",
-    file: TaskFiles = None,
-    instruction: Told = None,
-    steps: Annotated[int, typer.Option()] = 100,
-    batch_size: Annotated[int, typer.Option()] = 8,
-    learning_rate: Annotated[float, typer.Option("--lr")] = 1e-4,
-    full: Annotated[bool, typer.Option("--full", help="Train every weight instead of LoRA adapters")] = False,
-    shots: Shots = 0,
-    style: Style = "qa",
-    save_every: Annotated[int | None, typer.Option(help="Keep a checkpoint every so many steps")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="lora, fresh_lora, ewc, lwf, replay, o_lora, averaging, iv or fvg; default: lora, or iv"),
-    ] = None,
-    vectors: Annotated[Path | None, typer.Option(help="Folder of `ivlens extract`: guide training by these")] = None,
-    previous: Annotated[Path | None, typer.Option(help="Folder of the run to go on from")] = None,
-    seed: Seed = 0,
-    out: Out = Path("trained"),
+    task: Annotated[list[str] | None, Argument(help="Built-in tasks to train on")] = None,
+    model: opt.Model = "smollm2",
+    file: opt.Files = None,
+    instruction: opt.Told = None,
+    steps: Annotated[int, Option()] = 100,
+    batch_size: Annotated[int, Option()] = 8,
+    learning_rate: Annotated[float, Option("--lr")] = 1e-4,
+    full: Annotated[bool, Option("--full", help="Train every weight instead of LoRA adapters")] = False,
+    shots: opt.Shots = 0,
+    style: opt.Style = "qa",
+    save_every: Annotated[int | None, Option(help="Keep a checkpoint every so many steps")] = None,
+    method: Annotated[str | None, Option(help=_METHODS)] = None,
+    vectors: Annotated[Path | None, Option(help="Folder of `ivlens extract`: guide training by these")] = None,
+    previous: Annotated[Path | None, Option(help="Folder of the run to go on from")] = None,
+    seed: opt.Seed = 0,
+    out: opt.Out = Path("trained"),
 ) -> None:
     """Fine-tune on a task. An interrupted run goes on where it stopped."""
     with readable_errors():
-        from ivlens.report import Section, write_report
+        from ivlens.report import Section
         from ivlens.training import fine_tune
         from ivlens.vectors.vector import InstructionVector
 
@@ -71,50 +53,33 @@ def train(
         suite = read_tasks(task, file, instruction)
         folders = {} if vectors is None else vector_folders(vectors, suite)
         loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
-        run = fine_tune(
-            model,
-            suite,
-            folder=out,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            lora=not full,
-            shots=shots,
-            style=style,
-            save_every=save_every,
-            method=method,
-            vectors=loaded,
-            previous=previous,
-            seed=seed,
-        )
-        sections = [Section("Loss", repr(run), [run.plot()])]
-        write_report(out / "report.html", title="Fine-tuning", sections=sections, about=about(dict(run.settings)))
+        options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": not full}
+        options |= {"shots": shots, "style": style, "save_every": save_every, "seed": seed}
+        run = fine_tune(model, suite, folder=out, method=method, vectors=loaded, previous=previous, **options)
+        report(out, "Fine-tuning", [Section("Loss", repr(run), [run.plot()])], run.settings)
     print_table(run.to_dataframe()[["step", "loss"]], "Loss on answer tokens (nats)")
     what = "" if full else f"--model {model} --adapter "
-    say(
-        f"Wrote {run.final} and {out / 'report.html'}; compare it: ivlens compare {run.final} (or locate {what}{run.final})"
-    )
+    say(f"Wrote {run.final} and {out / 'report.html'}")
+    say(f"Compare it: ivlens compare {run.final} (or locate {what}{run.final})")
 
 
 @app.command()
 def compare(
-    after: Annotated[str, typer.Argument(help="Adapter folder, or a model's folder or name")],
-    model: ModelName = "smollm2",
-    task: TaskNames = None,
-    file: TaskFiles = None,
-    instruction: Told = None,
+    after: Annotated[str, Argument(help="Adapter folder, or a model's folder or name")],
+    model: opt.Model = "smollm2",
+    task: opt.Tasks = None,
+    file: opt.Files = None,
+    instruction: opt.Told = None,
     heads: Heads = None,
     top: Top = 10,
-    shots: Shots = 5,
+    shots: opt.Shots = 5,
     ask: Asked = False,
-    style: Style = "qa",
+    style: opt.Style = "qa",
     n_prompts: NPrompts = 100,
-    n_effects: Annotated[
-        int, typer.Option(help="Prompts per task to locate heads on, before and after; 0 for not")
-    ] = 8,
-    recover: Annotated[bool, typer.Option(help="Put the old vectors back")] = True,
-    seed: Seed = 0,
-    out: Out = Path("compared"),
+    n_effects: Annotated[int, Option(help="Prompts per task to locate heads on, before and after; 0 for not")] = 8,
+    recover: Annotated[bool, Option(help="Put the old vectors back")] = True,
+    seed: opt.Seed = 0,
+    out: opt.Out = Path("compared"),
 ) -> None:
     """Instruction vectors before and after training, and putting the old ones back."""
     options = {"shots": shots, "instruction": ask, "style": style, "seed": seed, "n_prompts": n_prompts}
@@ -123,21 +88,21 @@ def compare(
 
 @app.command()
 def track(
-    checkpoints: Annotated[list[str], typer.Argument(help="A folder of `ivlens train`, or adapter or model folders")],
-    model: ModelName = "smollm2",
-    task: TaskNames = None,
-    file: TaskFiles = None,
-    instruction: Told = None,
+    checkpoints: Annotated[list[str], Argument(help="A folder of `ivlens train`, or adapter or model folders")],
+    model: opt.Model = "smollm2",
+    task: opt.Tasks = None,
+    file: opt.Files = None,
+    instruction: opt.Told = None,
     heads: Heads = None,
     top: Top = 10,
-    shots: Shots = 5,
+    shots: opt.Shots = 5,
     ask: Asked = False,
-    style: Style = "qa",
+    style: opt.Style = "qa",
     n_prompts: NPrompts = 100,
-    n_effects: Annotated[int, typer.Option(help="Prompts per task to locate heads on at every checkpoint")] = 0,
-    recover: Annotated[bool, typer.Option(help="Put the old vectors back at every checkpoint")] = False,
-    seed: Seed = 0,
-    out: Out = Path("tracked"),
+    n_effects: Annotated[int, Option(help="Prompts per task to locate heads on at every checkpoint")] = 0,
+    recover: Annotated[bool, Option(help="Put the old vectors back at every checkpoint")] = False,
+    seed: opt.Seed = 0,
+    out: opt.Out = Path("tracked"),
 ) -> None:
     """Instruction vectors and accuracy along training. An interrupted run goes on where it stopped."""
     options = {"shots": shots, "instruction": ask, "style": style, "seed": seed, "n_prompts": n_prompts}
@@ -182,9 +147,8 @@ def _of_base(model: str, suite: TaskSuite, heads: tuple[Path | None, int], optio
     look = {key: value for key, value in options.items() if key != "n_prompts"}
     if heads[0] is None:
         kind = "shuffled_labels" if look["shots"] >= 2 else "no_instruction"
-        effects = locate_heads(
-            hooked, suite, n_prompts=10, n_mean=30, counterfactual=kind, folder=out / "partial", **look
-        )
+        look_for = {"n_prompts": 10, "n_mean": 30, "counterfactual": kind, "folder": out / "partial"}
+        effects = locate_heads(hooked, suite, **look_for, **look)
         effects.save(out / "effects.safetensors")
     else:
         effects = HeadEffects.load(heads[0])
@@ -198,31 +162,24 @@ def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: di
     from ivlens.models.checkpoints import open_checkpoints
 
     able = [name for name, task in suite.items() if all(x.question and x.content for x in task.test)]
-    if not able:
-        return []
-    found = []
-    for checkpoint in open_checkpoints(model, checkpoints)[0]:
+    look, found = {key: options[key] for key in ("n_prompts", "seed")}, []
+    for checkpoint in open_checkpoints(model, checkpoints)[0] if able else ():
         with checkpoint.use() as hooked:
-            found.append(
-                answer_probabilities(hooked, suite.subset(able), n_prompts=options["n_prompts"], seed=options["seed"])
-            )
+            found.append(answer_probabilities(hooked, suite.subset(able), **look))
     return found
 
 
 def _report(change: Change, recovery: Recovery | None, probabilities: list[Any], kind: str, out: Path) -> None:
     from ivlens.dynamics.probabilities import compare_probabilities
     from ivlens.plots import plot_probabilities
-    from ivlens.report import Section, write_report
+    from ivlens.report import Section
 
     kinds = ["tasks", "matrix", "hidden", *(["trajectory"] if kind == "track" else []), "scatter"]
     kinds += ["effects"] if change.base.effects is not None else []
+    text = "Over every task and checkpoint; the distance of the weights, which knows nothing of tasks, is the baseline."
     sections = [
         Section("What changed", repr(change), [change.plot(k) for k in kinds]),
-        Section(
-            "Does similarity tell what is lost?",
-            "Over every task and checkpoint; the distance of the weights, which knows nothing of tasks, is the baseline.",
-            [change.correlations()],
-        ),
+        Section("Does similarity tell what is lost?", text, [change.correlations()]),
     ]
     if probabilities:
         before, after = probabilities[0], probabilities[-1]
@@ -234,4 +191,4 @@ def _report(change: Change, recovery: Recovery | None, probabilities: list[Any],
         sections.append(Section("Putting the old vectors back", text, items))
     sections.append(Section("All numbers", "", [change.to_dataframe()]))
     title = "Before and after fine-tuning" if kind == "compare" else "Along fine-tuning"
-    write_report(out / "report.html", title=title, sections=sections, about=about(change.metadata))
+    report(out, title, sections, change.metadata)
