@@ -40,26 +40,21 @@ def _rendered(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any],
     from jinja2.exceptions import TemplateError
 
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain' for this model"
-        )
+        raise ValueError("style='chat' needs a tokenizer with a chat template; use style='qa' or 'plain'")
     options = dict(options)
     day = datetime.fromisoformat(str(options.pop("date", DATE)))
-    system = options.pop("system", None)
-    turns = [*([{"role": "system", "content": system}] if system else []), *turns]
+    if system := options.pop("system", None):
+        turns = [{"role": "system", "content": system}, *turns]
     template = tokenizer.get_chat_template() if hasattr(tokenizer, "get_chat_template") else tokenizer.chat_template
     if "enable_thinking" in template:
         options.setdefault("enable_thinking", False)
     template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda asked: repr(day.strftime(asked[2])), template)
     if re.search(r"strftime_now\s*\(", template):
-        raise ValueError(
-            "the chat template asks for today's date in a way that can't be answered with a fixed one; give strftime_now a "
-            "format in quotes, in tokenizer.chat_template"
-        )
+        raise ValueError("the chat template can't be told a fixed date; give its strftime_now a format in quotes")
     options |= {"chat_template": template, "add_generation_prompt": open_end}
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except TemplateError as error:
         raise ValueError(
-            f"the chat template refuses this conversation ({error}); use style='qa', or template={{}}"
+            f"the chat template refuses this conversation ({error}); try style='qa', template={{}}"
         ) from error

@@ -16,9 +16,7 @@ __all__ = ["COUNTERFACTUALS", "counterfactual"]
 def shuffled_labels(prompt: Prompt, rng: random.Random, others: Sequence[Task], tokenizer: Any) -> Prompt:
     """Demonstrations with permuted outputs (Function Vectors, arXiv 2310.15213; needs two demonstrations or more)."""
     if len(prompt.demonstrations) < 2:
-        raise ValueError(
-            "counterfactual='shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead"
-        )
+        raise ValueError("'shuffled_labels' needs shots >= 2; use 'no_instruction' or 'random_text' instead")
     told = [x.output for x in prompt.demonstrations]
     outputs = list(told)
     while outputs == told and len(set(told)) > 1:  # of two demonstrations, every other shuffle changes nothing
@@ -35,7 +33,7 @@ def other_instruction(prompt: Prompt, rng: random.Random, others: Sequence[Task]
     """Another task's instruction, demonstrations left out (arXiv 2505.12075)."""
     names = [task for task in others if task.name != prompt.task]
     if not names:
-        raise ValueError("counterfactual='other_instruction' needs at least two tasks; pass more tasks")
+        raise ValueError("'other_instruction' needs at least two tasks; pass more tasks")
     return replace(prompt, demonstrations=(), instruction=rng.choice(rng.choice(names).instructions))
 
 
@@ -52,11 +50,9 @@ def random_text(prompt: Prompt, rng: random.Random, others: Sequence[Task], toke
 
     The demonstrations count as part of the instruction: they are replaced by text too.
     """
-    told = replace(prompt, style="qa").render() if prompt.style == "chat" else prompt.render()
-    bare = replace(
-        prompt, demonstrations=(), instruction=None, style="qa" if prompt.style == "chat" else prompt.style
-    ).render()
-    length = len(tokenizer.encode(told[: len(told) - len(bare)], add_special_tokens=False))
+    plain = replace(prompt, style="qa") if prompt.style == "chat" else prompt
+    told = plain.render().removesuffix(replace(plain, demonstrations=(), instruction=None).render())
+    length = len(tokenizer.encode(told, add_special_tokens=False))
     ids = tokenizer.encode(_RANDOM_TEXT, add_special_tokens=False)
     start = rng.randrange(len(ids))
     text = tokenizer.decode([ids[(start + i) % len(ids)] for i in range(max(length - 1, 1))]).strip()

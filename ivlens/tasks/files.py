@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,8 @@ def _written(value: Any) -> Any:
 
 
 def _lines(text: str, path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_row(json_value(line, f"line {number} of {path}"), f"line {number} of {path}"))
-    return rows
+    lines = {f"line {i} of {path}": line for i, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    return [_row(json_value(line, place), place) for place, line in lines.items()]
 
 
 def _json(text: str, path: Path) -> list[Row]:
@@ -125,13 +122,12 @@ def _json(text: str, path: Path) -> list[Row]:
     if isinstance(content, dict) and isinstance(content.get("data"), (list, dict)):
         content = content["data"]
     if isinstance(content, dict):
-        columns = content
-        if not columns or not all(isinstance(x, list) for x in columns.values()):
+        if not content or not all(isinstance(x, list) for x in content.values()):
             raise ValueError(f"{path} holds a single record; put a list of records into it, or columns by name")
-        if len({len(x) for x in columns.values()}) > 1:
-            sizes = ", ".join(f"{key} {len(x)}" for key, x in columns.items())
+        sizes = {key: len(x) for key, x in content.items()}
+        if len(set(sizes.values())) > 1:
             raise ValueError(f"the columns of {path} are of different lengths ({sizes}); write it again")
-        content = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        content = [dict(zip(content, row)) for row in zip(*content.values())]
     if not isinstance(content, list):
         raise ValueError(f"{path} holds {content!r}; put a list of records into it")
     return [_row(row, f"record {i} of {path}") for i, row in enumerate(content)]
@@ -149,29 +145,19 @@ def _delimited(text: str, path: Path, delimiter: str | None) -> list[Row]:
     header = re.sub('"[^"]*"', "", text.strip()).splitlines()[:1]  # none where one cell is all there is
     delimiter = delimiter or max(",;\t", key="".join(header).count)  # programs of some countries write semicolons
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, names = [], None
     try:
-        for cells in reader:
-            place = f"line {reader.line_num} of {path}"
-            if not any(cells) or (len(cells) == 1 and not cells[0].strip()):
-                continue  # a blank line
-            if names is None:
-                names = _names(cells, path)
-                continue
-            if len(cells) != len(names):
-                raise ValueError(
-                    f"{place} has {len(cells)} cells, but there are {len(names)} columns; quote cells with {delimiter!r}"
-                )
-            rows.append(Row({name: cell if cell else None for name, cell in zip(names, cells)}, place))
+        lines = [(f"line {reader.line_num} of {path}", cells) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num} of {path} can't be read ({error})") from error
-    return rows
-
-
-def _names(cells: Sequence[str], path: Path) -> list[str]:
-    if twice := [name for name in cells if cells.count(name) > 1]:
+    lines = [(place, cells) for place, cells in lines if any(cells) and (len(cells) > 1 or cells[0].strip())]
+    names = lines.pop(0)[1] if lines else []
+    if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path} has two columns called {twice[0]!r}; rename one")
-    return list(cells)
+    for place, cells in lines:
+        if len(cells) != len(names):
+            said = f"{len(cells)} cells, but there are {len(names)} columns"
+            raise ValueError(f"{place} has {said}; quote cells with {delimiter!r}")
+    return [Row({name: cell or None for name, cell in zip(names, cells)}, place) for place, cells in lines]
 
 
 def _parquet(content: bytes, path: Path) -> list[Row]:

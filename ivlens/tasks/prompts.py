@@ -1,7 +1,4 @@
-"""How instruction, demonstrations and query become text.
-
-A `Prompt` keeps its parts, so that a counterfactual can change one of them; `render` turns it into text.
-"""
+"""Instruction, demonstrations and query: kept apart in a `Prompt`, so that counterfactuals can change one; `render` makes them text."""
 
 from __future__ import annotations
 
@@ -144,27 +141,21 @@ def build_prompts(
     numbered = list(enumerate(queries))
     rng = random.Random(f"{seed}/{task.name}/{split}")
     if n is not None:
-        different = len(set(map(same_input, queries)))
-        if n > different and not repeat:
-            warnings.warn(
-                f"n={n} prompts were asked for, but the {split!r} split of task {task.name!r} has {different} different queries: "
-                "they repeat" + (", with other demonstrations" if shots else "") + ", and say no more than one each",
-                stacklevel=2,
-            )
+        if not repeat and n > (different := len(set(map(same_input, queries)))):
+            there = f"the {split!r} split of task {task.name!r} has {different} different queries"
+            warnings.warn(f"n={n} prompts were asked for, but {there}; repeated, they say no more", stacklevel=2)
         rng.shuffle(numbered)
         numbered = [numbered[i % len(numbered)] for i in range(n)]
     pool = [(plain_text(x.input), x) for x in dict.fromkeys(task.train)] if shots else []
-    mixed = 0
     told = tuple(sorted((template or {}).items()))
-    prompts = []
+    prompts, mixed = [], 0
     for number, query in numbered:
         asked = plain_text(query.input)
         others = [x for given, x in pool if given != asked]
         if len(others) < shots:
-            raise ValueError(
-                f"shots={shots} needs at least {shots + 1} training examples with different inputs, but task {task.name!r} has "
-                f"{len({given for given, _ in pool})}; use fewer shots or give the task more records"
-            )
+            needed = f"shots={shots} needs at least {shots + 1} training examples with different inputs"
+            there = f"task {task.name!r} has {len({given for given, _ in pool})}"
+            raise ValueError(f"{needed}, but {there}; use fewer shots or give the task more records")
         text = _instruction(task, query, instruction, rng)
         if text and text == query.instruction:  # its own: rows of another one answer something else
             alike = [x for x in others if x.instruction == text]
@@ -173,11 +164,8 @@ def build_prompts(
         shown = tuple(rng.sample(others, shots))
         prompts.append(Prompt(query, shown, text, style, task.name, told, f"{split} example {number}"))
     if mixed:
-        warnings.warn(
-            f"{mixed} of {len(prompts)} prompts of task {task.name!r} show demonstrations that follow other instructions than theirs: "
-            f"fewer than shots={shots} training examples share it; use shots=0, or give the task one instruction",
-            stacklevel=2,
-        )
+        said = f"{mixed} of {len(prompts)} prompts of task {task.name!r} show demonstrations that follow other instructions"
+        warnings.warn(f"{said}: fewer than {shots} training examples share theirs; use shots=0", stacklevel=2)
     return prompts
 
 
@@ -188,6 +176,4 @@ def _instruction(task: Task, query: Example, choice: bool | str | int, rng: rand
         return None
     if query.instruction is not None:  # its own, "" where the input says it all
         return query.instruction or None
-    if choice is True:
-        return rng.choice(task.instructions)
-    return task.instructions[choice]
+    return rng.choice(task.instructions) if choice is True else task.instructions[choice]

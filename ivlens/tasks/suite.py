@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ivlens.common.hints import hint
 from ivlens.common.tables import table_html
-from ivlens.tasks.task import Task
+from ivlens.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +33,7 @@ class TaskSuite(Mapping[str, Task]):
         self._tasks: dict[str, Task] = {}
         for task in tasks:
             if (other := self._tasks.setdefault(task.name, task)) != task:
-                raise ValueError(
-                    f"two tasks are called {task.name!r}: {other!r} and {task!r}; give one another name (`name=`)"
-                )
+                raise ValueError(f"two tasks are called {task.name!r}: {other!r} and {task!r}; rename one (`name=`)")
 
     @property
     def names(self) -> list[str]:
@@ -60,17 +58,11 @@ class TaskSuite(Mapping[str, Task]):
         """One row per task: group, sizes, instruction, an example."""
         import pandas as pd
 
-        rows = [
-            {
-                "task": t.name,
-                "group": t.group,
-                "examples": len(t),
-                "instruction": t.instructions[0],
-                "input": t.train[0].input if t.train else "",
-                "output": t.train[0].output if t.train else "",
-            }
-            for t in self._tasks.values()
-        ]
+        rows = []
+        for task in self._tasks.values():
+            first = task.train[0] if task.train else Example("", "")
+            about = {"task": task.name, "group": task.group, "examples": len(task), "instruction": task.instructions[0]}
+            rows.append({**about, "input": first.input, "output": first.output})
         return pd.DataFrame(rows).set_index("task")
 
     def __repr__(self) -> str:
@@ -91,15 +83,9 @@ def _index() -> dict[str, dict]:
 
 @cache
 def _load(name: str) -> Task:
-    about = _index()[name]
+    about = dict(_index()[name])
     lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return Task.from_records(
-        [json.loads(line) for line in lines],
-        name=name,
-        instruction=about["instructions"],
-        group=about["group"],
-        description=about["description"],
-    )
+    return Task.from_records(map(json.loads, lines), name=name, instruction=about.pop("instructions"), **about)
 
 
 def load_tasks(names: str | Iterable[str] | None = None) -> TaskSuite:

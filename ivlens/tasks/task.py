@@ -78,9 +78,7 @@ class Task:
         if not self.name.strip(" ."):
             raise ValueError(f"name={self.name!r} is no name for a task; give one with a letter or digit in it")
         if not self.instructions or not all(self.instructions):
-            raise ValueError(
-                f"task {self.name!r} has no instruction; give at least one sentence that says what to do (instruction)"
-            )
+            raise ValueError(f"task {self.name!r} has no instruction; give at least one sentence that says what to do")
 
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of `train`, `valid` or `test`."""
@@ -125,46 +123,33 @@ class Task:
             If there are no records, a cell is missing or no text, an output is not among its choices, or only some records
             have an instruction where these differ.
         """
-        if unknown := sorted(set(columns or {}) - {*KEYS, "split"}):
-            raise ValueError(f"columns names {unknown[0]!r}, which is unknown; {hint(unknown[0], [*KEYS, 'split'])}")
-        names = {key: (columns or {}).get(key, key) for key in (*KEYS, "split")}
-        examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
-        loose: list[Example] = []
+        keys = (*KEYS, "split")
+        if unknown := sorted(set(columns or {}) - set(keys)):
+            raise ValueError(f"columns names {unknown[0]!r}, which is unknown; {hint(unknown[0], keys)}")
+        names = {key: key for key in keys} | dict(columns or {})
+        parts: dict[str | None, list[Example]] = {None: [], **{split: [] for split in SPLITS}}
         for i, record in enumerate(records):
             place = f"{getattr(record, 'place', f'record {i}')} of task {name!r}"
             if not isinstance(record, Mapping):
-                raise ValueError(
-                    f"{place} is {record!r}, no dictionary; give a list of them (of a DataFrame: to_dict('records'))"
-                )
-            example, split = _example(record, names, place), cell_text(record, names["split"], place)
+                raise ValueError(f"{place} is {record!r}, no dictionary; of a DataFrame, give to_dict('records')")
+            example = _example(record, names, place)
+            split = cell_text(record.get(names["split"]), names["split"], place)
             split = SPLIT_ALIASES.get(split, split)
-            if split is not None and split not in SPLITS:
+            if split not in parts:
                 raise ValueError(f"{place} has split={split!r}; choose one of {', '.join(SPLITS)}")
-            if instruction is not None:
-                example = replace(example, instruction=None)
-            (loose if split is None else examples[split]).append(example)
-        everything = [*loose, *(x for split in SPLITS for x in examples[split])]
+            parts[split].append(example if instruction is None else replace(example, instruction=None))
+        everything = [x for part in parts.values() for x in part]
         if not everything:
-            raise ValueError(
-                f"task {name!r} is empty; give it at least one record with {names['input']!r} and {names['output']!r}"
-            )
-        random.Random(0).shuffle(loose)
-        sizes = round(len(loose) * 0.5), round(len(loose) * 0.65)
-        for split, part in zip(SPLITS, _cut(loose, *sizes)):
-            examples[split] += part
-        if examples["train"] and not loose and not examples["valid"]:
-            random.Random(0).shuffle(examples["train"])
-            cut = min(len(examples["train"]) // 5, 200)
-            examples["valid"], examples["train"] = _cut(examples["train"], cut)
+            needed = f"{names['input']!r} and {names['output']!r}"
+            raise ValueError(f"task {name!r} is empty; give it at least one record with {needed}")
+        examples = _splits(parts)
         _warn_of_shared(name, examples)
         if instruction is None:
             instruction = list(dict.fromkeys(x.instruction for x in everything if x.instruction))
             bare = sum(x.instruction is None for x in everything)
             if bare and len(instruction) > 1:
-                raise ValueError(
-                    f"{bare} of {len(everything)} records of task {name!r} have no {names['instruction']!r}, and those of the others "
-                    "differ; give each record its own, or one to all (instruction=...)"
-                )
+                said = f"{bare} of {len(everything)} records of task {name!r} have no {names['instruction']!r}"
+                raise ValueError(f"{said}, and those of the others differ; give each its own, or one (instruction=)")
             if len(instruction) == 1:  # the task's
                 examples = {s: [replace(x, instruction=x.instruction and None) for x in examples[s]] for s in SPLITS}
         wordings = (instruction,) if isinstance(instruction, str) else tuple(instruction)
@@ -214,31 +199,37 @@ class Task:
 
 
 def _example(record: Mapping[str, Any], names: Mapping[str, str], place: str) -> Example:
-    cells = {key: cell_text(record, names[key], place) for key in KEYS if key not in LISTS}
-    lists = {key: cell_texts(record, names[key], place) for key in LISTS}
-    if lists["outputs"] and not cells["output"]:
-        cells["output"] = lists["outputs"][0]
+    cells = {key: cell_text(record.get(names[key]), names[key], place) for key in KEYS if key not in LISTS}
+    choices, outputs = (cell_texts(record.get(names[key]), names[key], place) for key in LISTS)
+    if outputs and not cells["output"]:
+        cells["output"] = outputs[0]
     if not cells["input"] and cells["instruction"]:  # the instruction says it all
         cells |= {"input": cells["instruction"], "instruction": ""}
     for key in ("input", "output"):
         if not cells[key]:
-            raise ValueError(
-                f"{place} has no {names[key]!r}; it has {', '.join(map(str, record)) or 'nothing'}: "
-                "name your columns with columns={'input': ..., 'output': ...}"
-            )
-    output, choices = cells["output"].rstrip(), tuple(x.rstrip() for x in lists["choices"] or ()) or None
-    outputs = tuple(x.rstrip() for x in lists["outputs"] or ()) or None
-    if outputs is not None and output not in outputs:
-        raise ValueError(f"{place} has the output {output!r}, which is not among its {names['outputs']} {outputs}")
-    if outputs is not None:
-        outputs = (output, *(x for x in outputs if x != output))
-    if choices is not None and output not in choices:
-        raise ValueError(
-            f"{place} has the output {output!r}, which is not among its {names['choices']} {choices}; "
-            "the output must be one option's text, not its letter"
-        )
-    plain = {key: cells[key] for key in ("question", "content", "instruction")}
-    return Example(cells["input"], output, choices=choices, outputs=outputs, **plain)
+            there = ", ".join(map(str, record)) or "nothing"
+            raise ValueError(f"{place} has no {names[key]!r}; it has {there}: name your columns with columns={{...}}")
+    output = cells["output"] = cells["output"].rstrip()
+    for key, texts, one in (("choices", choices, "option"), ("outputs", outputs, "answer")):
+        if texts is not None and output not in texts:
+            said = f"{place} has the output {output!r}, which is not among its {names[key]} {texts}"
+            raise ValueError(f"{said}; give one {one}'s text, not its letter")
+    outputs = outputs and (output, *(x for x in outputs if x != output))
+    return Example(**cells, choices=choices, outputs=outputs)
+
+
+def _splits(parts: Mapping[str | None, list[Example]]) -> dict[str, list[Example]]:
+    """Examples by split: those without one are shuffled and cut, and part of train is valid where nothing else is."""
+    examples = {split: parts[split] for split in SPLITS}
+    if loose := parts[None]:
+        random.Random(0).shuffle(loose)
+        cut = _cut(loose, round(len(loose) * 0.5), round(len(loose) * 0.65))
+        return {split: examples[split] + part for split, part in zip(SPLITS, cut)}
+    if examples["train"] and not examples["valid"]:
+        random.Random(0).shuffle(examples["train"])
+        valid, train = _cut(examples["train"], min(len(examples["train"]) // 5, 200))
+        return {**examples, "train": train, "valid": valid}
+    return examples
 
 
 def _labelled(dataset: Any) -> list[Mapping[str, Any]]:
@@ -279,8 +270,5 @@ def _warn_of_shared(name: str, examples: Mapping[str, Sequence[Example]]) -> Non
     for other, split in itertools.combinations(SPLITS, 2):
         if shared := [x for x in examples[split] if same_input(x) in texts[other]]:
             where = "training" if other == "train" else other
-            warnings.warn(
-                f"{len(shared)} of {len(examples[split])} {split} inputs of task {name!r} stand in its {where} split too "
-                f"(such as {shared[0].input[:60]!r}): scores on them say little",
-                stacklevel=3,
-            )
+            said = f"{len(shared)} of {len(examples[split])} {split} inputs of task {name!r} stand in its {where} split too"
+            warnings.warn(f"{said} (such as {shared[0].input[:60]!r}): scores on them say little", stacklevel=3)
