@@ -30,22 +30,14 @@ def random_vector(
     by_heads
         A random direction for each head instead, of its share's norm: the control of `mode="heads"`.
     """
-    numbers = random.Random(f"{seed}/{like.name}/{draw}").getrandbits(63)
-    generator = torch.Generator().manual_seed(numbers)
+    generator = torch.Generator().manual_seed(random.Random(f"{seed}/{like.name}/{draw}").getrandbits(63))
     rows = like.shares if by_heads else like.vector[None]
     noise = torch.randn(rows.shape, generator=generator).to(rows)
     noise *= rows.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-    return InstructionVector(
-        noise.sum(0),
-        like.heads if by_heads else (),
-        noise if by_heads else None,
-        layer=like.layer,
-        scale=like.scale,
-        metadata={
-            **{k: like.metadata[k] for k in ("model", "signature", "unit") if k in like.metadata},
-            "task": f"random vector {seed}/{draw}",
-        },
-    )
+    about = {k: like.metadata[k] for k in ("model", "signature", "unit") if k in like.metadata}
+    about["task"] = f"random vector {seed}/{draw}"
+    heads, shares = (like.heads, noise) if by_heads else ((), None)
+    return InstructionVector(noise.sum(0), heads, shares, layer=like.layer, scale=like.scale, metadata=about)
 
 
 def with_controls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +70,7 @@ class Evaluation:
         return [m for m in METRICS if m in self.scores]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per task, condition and metric: mean with 95 % interval (Wilson for hits, else bootstrap) and n, the number of
-        different queries."""
+        """One row per task, condition and metric: mean, 95 % interval (Wilson for hits, else bootstrap) and n, how many queries."""
         import pandas as pd
 
         rows = []
@@ -85,8 +85,7 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def gains(self, metric: str = "first_token") -> pd.DataFrame:
-        """Each condition minus no vector, prompt by prompt, per task and on average over tasks (95 % paired bootstrap over
-        queries)."""
+        """Each condition minus no vector, prompt by prompt, per task and on average (95 % paired bootstrap over queries)."""
         import pandas as pd
 
         if metric not in self.metrics:
@@ -103,10 +102,8 @@ class Evaluation:
                 if pair[condition].notna().any():
                     parts[task] = pair[condition] - pair[BASELINE]
                     if parts[task].isna().any():
-                        raise ValueError(
-                            f"{condition!r} and {BASELINE!r} were not asked the same prompts of task {task!r}: gains need pairs; "
-                            "evaluate both in one call"
-                        )
+                        both = f"{condition!r} and {BASELINE!r} were not asked the same prompts of task {task!r}"
+                        raise ValueError(f"{both}: gains need pairs; evaluate both in one call")
             for name, tasks in [*((task, [task]) for task in parts), ("average", list(parts))]:
                 values = [parts[task].to_numpy(float) for task in tasks]
                 asked = [parts[task].index.get_level_values("query").tolist() for task in tasks]
@@ -135,22 +132,13 @@ class Evaluation:
 
     def _table(self) -> pd.DataFrame:
         frame = self.to_dataframe()
-        frame["shown"] = [
-            f"{m:.1%} [{lo:.1%}, {hi:.1%}]" for m, lo, hi in zip(frame["mean"], frame["low"], frame["high"])
-        ]
-        return frame.pivot(index=["task", "condition"], columns="metric", values="shown")[self.metrics].reindex(
-            [
-                (t, c)
-                for t in self.task_names
-                for c in self.conditions
-                if ((frame["task"] == t) & (frame["condition"] == c)).any()
-            ]
-        )
+        frame["shown"] = [f"{x.mean:.1%} [{x.low:.1%}, {x.high:.1%}]" for x in frame.itertuples()]
+        rows = ["task", "condition"]
+        return frame.pivot_table("shown", rows, "metric", aggfunc="first", sort=False)[self.metrics]
 
     def __repr__(self) -> str:
-        return (
-            f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)\n{self._table().to_string()}"
-        )
+        head = f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)"
+        return f"{head}\n{self._table().to_string()}"
 
     def _repr_html_(self) -> str:
         return table_html(self._table())
@@ -204,20 +192,14 @@ def evaluate(
     """
     suite = as_suite(tasks)
     backend = backend_of(model)
-    _check_names(metrics, METRICS, "metric")
-    _check_names(controls, CONTROLS, "control")
+    for what, given, known in (("metric", metrics, METRICS), ("control", controls, CONTROLS)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{what} {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     if isinstance(vectors, InstructionVector):
         vectors = dict.fromkeys(suite, vectors)
     if vectors is not None and (missing := [name for name in suite if name not in vectors]):
         raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
-    prompt_options: dict[str, Any] = {
-        "instruction": instruction,
-        "style": style,
-        "split": split,
-        "n": n_prompts,
-        "template": template,
-        "seed": seed,
-    }
+    look = {"instruction": instruction, "style": style, "split": split, "template": template, "seed": seed}
     options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(suite), desc="evaluating", disable=not progress) as bar:
@@ -228,23 +210,16 @@ def evaluate(
                 drawn = with_controls(model, task, vectors, controls, mode=mode, draws=draws, seed=seed)
                 for name, some in drawn.items():
                     conditions |= {(name, i): Injection.of(backend, v, **options) for i, v in enumerate(some)}
-            prompts = build_prompts(task, shots=shots, **prompt_options)
-            rows += _score(backend, task, prompts, conditions, metrics, batch_size)
+            asked = [(shots, conditions)]
             if reference_shots is not None:
-                shown = build_prompts(task, shots=reference_shots, **prompt_options)
-                rows += _score(
-                    backend, task, shown, {(f"{reference_shots} demonstrations", 0): None}, metrics, batch_size
-                )
+                asked.append((reference_shots, {(f"{reference_shots} demonstrations", 0): None}))
+            for n_shots, some in asked:
+                prompts = build_prompts(task, n=n_prompts, shots=n_shots, **look)
+                rows += _score(backend, task, prompts, some, metrics, batch_size)
             bar.update()
     import pandas as pd
 
-    metadata = {
-        "model": backend.name,
-        "shots": shots,
-        **{k: v for k, v in prompt_options.items() if k != "n"},
-        **options,
-    }
-    return Evaluation(pd.DataFrame(rows), metadata)
+    return Evaluation(pd.DataFrame(rows), {"model": backend.name, "shots": shots, **look, **options})
 
 
 def _score(
@@ -255,37 +230,20 @@ def _score(
     metrics: Sequence[str],
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    import math
-
     tokenized = tokenize(backend, prompts)
     generated = "exact_match" in metrics or "rouge_l" in metrics
-    # Room for the longest right answer and the token that ends it.
-    max_new_tokens = room_for(backend, prompts, tokenized) if generated else None
-    done = complete(
-        backend, tokenized, conditions, max_new_tokens=max_new_tokens, stop=common_stop(prompts), batch_size=batch_size
-    )
+    room = room_for(backend, prompts, tokenized) if generated else None
+    options = {"max_new_tokens": room, "stop": common_stop(prompts), "batch_size": batch_size}
+    done = complete(backend, tokenized, conditions, **options)
     rows = []
     for (condition, draw), result in done.items():
         for i, prompt in enumerate(prompts):
-            answer, text = prompt.query.output, result.texts[i].strip()
+            query, text = prompt.query, result.texts[i].strip()
             values = {"first_token": result.first_token[i], "probability": math.exp(result.log_probability[i])}
             if generated:
-                values["exact_match"] = exact_match(backend.tokenizer, text, prompt.query.answers)
-                values["rouge_l"] = rouge_l(text, prompt.query.answers) if "rouge_l" in metrics else 0.0
-            row = {
-                "task": task.name,
-                "condition": condition,
-                "draw": draw,
-                "prompt": i,
-                **{m: values[m] for m in metrics},
-            }
-            rows.append(
-                {**row, "query": same_input(prompt.query), "input": prompt.query.input, "answer": answer, "text": text}
-            )
+                values["exact_match"] = exact_match(backend.tokenizer, text, query.answers)
+                values["rouge_l"] = rouge_l(text, query.answers) if "rouge_l" in metrics else 0.0
+            row = {"task": task.name, "condition": condition, "draw": draw, "prompt": i}
+            row |= {metric: values[metric] for metric in metrics}
+            rows.append(row | {"query": same_input(query), "input": query.input, "answer": query.output, "text": text})
     return rows
-
-
-def _check_names(given: Sequence[str], known: Sequence[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
@@ -51,11 +52,8 @@ class InjectionSearch:
     def best(self) -> InstructionVector:
         """The vector with the winning layer and scale set. Ties go to the smaller scale, then the lower layer."""
         score = self.accuracy if self.goal == "induce" else self.control - self.accuracy
-        ranked = sorted(
-            ((layer, scale) for layer in range(len(self.layers)) for scale in range(len(self.scales))),
-            key=lambda at: (-round(score[at].item(), 6), abs(self.scales[at[1]]), at[0]),
-        )
-        layer, scale = ranked[0]
+        places = product(range(len(self.layers)), range(len(self.scales)))
+        layer, scale = min(places, key=lambda at: (-round(score[at].item(), 6), abs(self.scales[at[1]]), at[0]))
         return replace(self.vector, layer=self.layers[layer], scale=self.scales[scale])
 
     def plot(self) -> go.Figure:
@@ -112,12 +110,8 @@ def tune_injection(
     scales = tuple(sign * s for s in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)) if scales is None else tuple(scales)
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
     prompts = build_prompts(task, n=n_prompts, split=split, **look)
-    tries = [
-        Edit({layer: scale * v.vector})
-        for layer in layers
-        for scale in scales
-        for v in (vector, random_vector(vector, seed=seed))
-    ]
+    both = (vector, random_vector(vector, seed=seed))
+    tries = [Edit({layer: scale * v.vector}) for layer, scale, v in product(layers, scales, both)]
     options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
     values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, **options)
     found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
@@ -130,25 +124,15 @@ def tune_injection(
 def _warn(search: InjectionSearch) -> None:
     """Of a best that better ones may lie beyond, or that is none."""
     best, sign = search.best, 1 if search.goal == "induce" else -1
-    layer, scale = search.layers.index(best.layer), search.scales.index(best.scale)
-    gain = sign * (search.accuracy[layer, scale].item() - search.baseline)
-    row = sign * search.accuracy[layer]
-    others = [row[i].item() for i in range(len(search.scales)) if i != scale]
-    if gain <= 0:
-        warnings.warn(
-            f"nothing tried is better than no vector ({search!r}); try other heads, more scales, or `mode='heads'` in inject",
-            stacklevel=3,
-        )
-    elif sign * (search.accuracy[layer, scale] - search.control[layer, scale]).item() <= 0:
-        warnings.warn(
-            f"the best tried is no better than a random vector of its length ({search!r}); try other heads",
-            stacklevel=3,
-        )
-    elif (
-        abs(best.scale) in (min(map(abs, search.scales)), max(map(abs, search.scales)))
-        and others
-        and row[scale].item() > max(others)
-    ):
-        warnings.warn(
-            f"the best scale stands at the edge of those tried ({search!r}); pass scales beyond it", stacklevel=3
-        )
+    layer, scale = at = search.layers.index(best.layer), search.scales.index(best.scale)
+    row, sizes = (sign * search.accuracy[layer]).tolist(), sorted(map(abs, search.scales))
+    others = row[:scale] + row[scale + 1 :]
+    if row[scale] <= sign * search.baseline:
+        said = f"nothing tried is better than no vector ({search!r}); try other heads, more scales, or mode='heads' in inject"
+    elif sign * (search.accuracy[at] - search.control[at]) <= 0:
+        said = f"the best tried is no better than a random vector of its length ({search!r}); try other heads"
+    elif abs(best.scale) in (sizes[0], sizes[-1]) and row[scale] > max(others, default=row[scale]):
+        said = f"the best scale stands at the edge of those tried ({search!r}); pass scales beyond it"
+    else:
+        return
+    warnings.warn(said, stacklevel=3)
