@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ivlens.models.head import Head
+
 __all__ = ["Backend", "Prefix"]
 
 Hook = tuple[str, Callable]
@@ -135,12 +137,12 @@ class Backend(ABC):
             )
         return layer % self.n_layers
 
-    def check_head(self, layer: int, head: int) -> None:
-        self.check_layer(layer)
+    def check_head(self, layer: int, head: int) -> Head:
+        """The head, its layer as a number from 0."""
+        layer = self.check_layer(layer)
         if not 0 <= head < self.n_heads:
-            raise ValueError(
-                f"head={head} is out of range: {self.name} has heads 0 to {self.n_heads - 1} in each layer"
-            )
+            raise ValueError(f"head={head} is out of range: {self.name} has heads 0 to {self.n_heads - 1}")
+        return Head(layer, head)
 
     def check_hooks(self) -> None:
         """Raise where a layer has no `hook_z`: state-space and some hybrid layers have no attention heads to patch."""

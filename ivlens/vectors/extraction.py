@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens import __version__
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
@@ -38,12 +40,9 @@ def vector_from_heads(
         `head_outputs` of the prompts, or their mean alone: then the norm's scale is that of the mean.
     """
     backend = backend_of(model)
-    heads = [Head(*h) for h in heads]
+    heads = tuple(sorted({backend.check_head(*head) for head in heads}))
     if not heads:
         raise ValueError("no heads given; pass some, such as effects.top(10)")
-    for head in heads:
-        backend.check_head(*head)
-    heads = tuple(sorted({Head(backend.check_layer(h.layer), h.head) for h in heads}))
     each = outputs if outputs.dim() == 4 else outputs[None]
     means = each.double().mean(0).float()
     layers = sorted({h.layer for h in heads})
@@ -58,7 +57,9 @@ def vector_from_heads(
         "unit": RESIDUAL,
         **({"norm_scales": normed} if normed else {}),
         **metadata,
-        **_versions(),
+        "ivlens": __version__,
+        "transformer_lens": version("transformer-lens"),
+        "torch": torch.__version__,
     }
     return InstructionVector(shares.sum(0), heads, shares, metadata=about)
 
@@ -92,28 +93,13 @@ def extract_vector(
         How many prompts the mean is taken over.
     """
     heads = heads.top(10) if isinstance(heads, HeadEffects) else heads
-    about: dict[str, Any] = {
-        "n_prompts": n_prompts,
-        "shots": shots,
-        "instruction": instruction,
-        "style": style,
-        **({"template": dict(template)} if template else {}),
-        "seed": seed,
-    }
     if isinstance(task, Task):
-        look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
+        look: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
+        look |= {"template": dict(template)} if template else {}
         prompts = build_prompts(task, n=n_prompts, split="train", repeat=True, **look)
-        about["task"] = task.name
+        about = {"n_prompts": n_prompts, **look, "task": task.name}
     else:
         prompts = list(task)
         about = {"n_prompts": len(prompts), "task": prompts[0].task if prompts else ""}
     outputs = head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
     return vector_from_heads(model, outputs, heads, only_correct=only_correct, **about)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from ivlens import __version__
-
-    return {"ivlens": __version__, "transformer_lens": version("transformer-lens"), "torch": torch.__version__}

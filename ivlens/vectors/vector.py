@@ -60,10 +60,8 @@ class InstructionVector:
 
     def __post_init__(self) -> None:
         if self.vector.dim() != 1 or not self.vector.is_floating_point():
-            raise ValueError(
-                f"an instruction vector has one dimension, [d_model], of floating-point numbers; got {self.vector.dtype} of shape "
-                f"{tuple(self.vector.shape)}"
-            )
+            has = f"{self.vector.dtype} of shape {tuple(self.vector.shape)}"
+            raise ValueError(f"a vector has one dimension, [d_model], of floating-point numbers; got {has}")
         if not all(torch.isfinite(x).all() for x in (self.vector, self.shares) if x is not None):
             raise ValueError("the vector holds NaN or infinite values; extract it again")
         if not isinstance(self.metadata, dict):
@@ -71,19 +69,16 @@ class InstructionVector:
         object.__setattr__(self, "layer", None if self.layer is None else _whole(self.layer, "layer"))
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale!r} is no finite number")
-        heads, most = [], self.metadata.get("signature", {})
-        for head in self.heads:
-            if len(head) != 2:
-                raise ValueError(f"heads holds {head!r}; give pairs of layer and head")
-            heads.append(Head(*(_whole(x, "head") for x in head)))
-            if any(x < 0 or x >= most.get(key, math.inf) for x, key in zip(heads[-1], ("n_layers", "n_heads"))):
-                raise ValueError(
-                    f"there is no head {heads[-1]} in the model that the vector was made for ({_shape(most)})"
-                )
-        object.__setattr__(self, "heads", tuple(heads))
-        expected = (len(heads), self.d_model) if heads else None
-        if (None if self.shares is None else tuple(self.shares.shape)) != expected:
-            shape = None if self.shares is None else tuple(self.shares.shape)
+        if wrong := [head for head in self.heads if len(head) != 2]:
+            raise ValueError(f"heads holds {wrong[0]!r}; give pairs of layer and head")
+        heads = tuple(Head(*(_whole(x, "head") for x in head)) for head in self.heads)
+        made_for = self.metadata.get("signature", {})
+        most = [made_for.get(key, math.inf) for key in ("n_layers", "n_heads")]
+        if wrong := [head for head in heads if not (0 <= head.layer < most[0] and 0 <= head.head < most[1])]:
+            raise ValueError(f"the model that the vector was made for ({_shape(made_for)}) has no head {wrong[0]}")
+        object.__setattr__(self, "heads", heads)
+        shape = None if self.shares is None else tuple(self.shares.shape)
+        if shape != ((len(heads), self.d_model) if heads else None):
             raise ValueError(f"{len(heads)} heads of width {self.d_model}, but shares of shape {shape}")
 
     def __eq__(self, other: object) -> bool:
@@ -111,46 +106,41 @@ class InstructionVector:
 
     def cosine(self, other: InstructionVector | Tensor) -> float:
         """Cosine similarity with another vector of the same width."""
-        other = _tensor(other, self.d_model).to(self.vector)
-        return torch.nn.functional.cosine_similarity(self.vector, other, dim=0).item()
+        theirs = other.vector if isinstance(other, InstructionVector) else other
+        if theirs.shape != self.vector.shape:
+            expected = f"expected a vector of width {self.d_model}, got shape {tuple(theirs.shape)}"
+            raise ValueError(f"{expected}; they belong to different models")
+        return torch.nn.functional.cosine_similarity(self.vector, theirs.to(self.vector), dim=0).item()
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError if this is a vector of a model of another shape."""
         backend = backend_of(model)
         mine = self.metadata.get("signature")
+        wrong = ""
         if self.d_model != backend.d_model:
-            raise ValueError(
-                f"the vector has width {self.d_model}, but {backend.name} has d_model {backend.d_model}; "
-                "extract a vector from this model with ivl.extract_vector"
-            )
-        if mine is not None and mine != backend.signature:
-            raise ValueError(
-                f"the vector was made for {self.metadata.get('model', 'another model')} ({_shape(mine)}), not for "
-                f"{backend.name} ({_shape(backend.signature)}); extract a vector from this model with ivl.extract_vector"
-            )
+            wrong = f"has width {self.d_model}, but {backend.name} has d_model {backend.d_model}"
+        elif mine is not None and mine != backend.signature:
+            made_for = f"{self.metadata.get('model', 'another model')} ({_shape(mine)})"
+            wrong = f"was made for {made_for}, not for {backend.name} ({_shape(backend.signature)})"
+        if wrong:
+            raise ValueError(f"the vector {wrong}; extract a vector from this model with ivl.extract_vector")
         if self.heads and self.metadata.get("unit") != RESIDUAL and backend.post_norm(self.heads[0].layer) is not None:
-            warnings.warn(
-                f"{self.name}: saved before shares went through the norm that follows the attention of {backend.name}: its length "
-                "isn't what the heads write. Extract it again with ivl.extract_vector",
-                stacklevel=4,
-            )
+            said = f"{self.name} was saved before shares went through the norm that follows {backend.name}'s attention"
+            warnings.warn(f"{said}: its length isn't what the heads write; extract it again", stacklevel=4)
 
     # -- arithmetic -------------------------------------------------------------------------------------------------
     def __add__(self, other: InstructionVector) -> InstructionVector:
         if not isinstance(other, InstructionVector):
             return NotImplemented
         if other.d_model != self.d_model:
-            raise ValueError(
-                f"can't add vectors of width {self.d_model} and {other.d_model}; they belong to different models"
-            )
+            widths = f"{self.d_model} and {other.d_model}"
+            raise ValueError(f"can't add vectors of width {widths}; they belong to different models")
         theirs, mine = other.metadata.get("signature"), self.metadata.get("signature")
         if theirs and mine and theirs != mine:
             raise ValueError(f"can't add vectors of different models ({_shape(mine)} and {_shape(theirs)})")
         units = [v.metadata.get("unit") for v in (self, other) if v.heads]
         if len(set(units)) > 1:
-            raise ValueError(
-                "can't add a vector saved before shares went through the norm to one made after; extract it again"
-            )
+            raise ValueError("can't add a vector saved before shares went through the norm; extract it again")
         shares: dict[Head, Tensor] = {}
         if self.heads and other.heads:  # else they wouldn't add up to the sum
             for v in (self, other):
@@ -251,15 +241,6 @@ class InstructionVector:
         where = "" if self.layer is None else f", layer {self.layer}, scale {self.scale:g}"
         heads = f", {len(self.heads)} heads ({shown})" if self.heads else ""
         return f"InstructionVector({self.name}, d_model {self.d_model}, norm {self.norm():.2f}{heads}{where})"
-
-
-def _tensor(other: InstructionVector | Tensor, width: int) -> Tensor:
-    tensor = other.vector if isinstance(other, InstructionVector) else other
-    if tensor.shape != (width,):
-        raise ValueError(
-            f"expected a vector of width {width}, got shape {tuple(tensor.shape)}; they belong to different models"
-        )
-    return tensor
 
 
 def _whole(x: Any, name: str) -> int:
