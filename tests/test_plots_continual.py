@@ -10,7 +10,7 @@ import pytest
 
 from ivlens.continual.results import ContinualResults
 from ivlens.plots import plot_continual
-from ivlens.plots.continual import METHOD_COLOURS, method_colours
+from ivlens.plots.colours import METHOD_COLOURS, method_colours
 from ivlens.plots.labels import labels_beside
 from tests.test_continual_results import HITS, SEQUENCE, frame, results
 from tests.test_plots import UGLY, check

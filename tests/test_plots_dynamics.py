@@ -19,7 +19,7 @@ from ivlens.dynamics.probabilities import AnswerProbabilities
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.plots import plot_change, plot_loss, plot_probabilities, plot_recovery
-from ivlens.plots.style import condition_colours
+from ivlens.plots.colours import condition_colours
 from ivlens.training import TrainingRun
 from ivlens.vectors.vector import InstructionVector
 from tests.test_plots import UGLY, check

@@ -4,54 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
+from ivlens.plots import maps
+from ivlens.plots.colours import FAINT, INK, MARK, method_colours
 from ivlens.plots.labels import labels_beside
-from ivlens.plots.style import (
-    FAINT,
-    GRID,
-    INK,
-    MARK,
-    ZERO,
-    bare,
-    colorbar,
-    counted,
-    escaped,
-    finish,
-    heatmap,
-    outline,
-    span,
-    task_labels,
-    ticks,
-    with_minus,
-)
-from ivlens.plots.traces import task_rows
+from ivlens.plots.style import ZERO, bare, finish, panels, task_labels, ticks
+from ivlens.plots.traces import error_bars, task_lines, task_rows
+from ivlens.plots.words import counted, escaped, span, with_minus
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ivlens.continual import ContinualResults
 
-__all__ = ["method_colours", "plot_continual"]
+__all__ = ["plot_continual"]
 
-METHOD_COLOURS = {
-    "lora": "#d55e00",
-    "fresh_lora": "#e69f00",
-    "ewc": "#009e73",
-    "lwf": "#56b4e9",
-    "replay": "#cc79a7",
-    "o_lora": "#7b4fa3",
-    "averaging": "#8c6d31",
-    "iv": "#0072b2",
-    "fvg": "#8fa300",
-}
 LIGHT = [[0, "#ffffff"], [1, "#5fa8d3"]]  # numbers can be read on all of it
 AXES = ("plasticity", "stability")
-MORE_COLOURS = ("#c2185b", "#000000", "#7d8590")
 
 
 def plot_continual(results: ContinualResults, kind: str = "scatter") -> go.Figure:
@@ -69,14 +42,6 @@ def plot_continual(results: ContinualResults, kind: str = "scatter") -> go.Figur
     if not results.methods:
         raise ValueError("there is no method beside the base to show")
     return KINDS[kind](results)
-
-
-def method_colours(methods: Sequence[str]) -> dict[str, str]:
-    """A colour per method, the same in all figures: the built-in ones always have theirs."""
-    taken = {METHOD_COLOURS[m] for m in methods if m in METHOD_COLOURS}
-    free = [colour for colour in (*METHOD_COLOURS.values(), *MORE_COLOURS) if colour not in taken]
-    more = iter(free * len(methods))
-    return {m: METHOD_COLOURS[m] if m in METHOD_COLOURS else next(more) for m in methods}
 
 
 # -- stability against plasticity --------------------------------------------------------------------------------------
@@ -102,8 +67,8 @@ def _plot_scatter(results: ContinualResults) -> go.Figure:
     ranges = [_range([*a["low"], *a["high"], *(100 * seeds[name])]) for a, name in zip((x, y), AXES, strict=True)]
     figure.update_xaxes(title_text="plasticity: score right after training on a task (points)", range=ranges[0])
     figure.update_yaxes(title_text="stability: −forgetting (points)", range=ranges[1])
-    figure.update_xaxes(gridcolor=GRID, zeroline=False)
-    figure.update_yaxes(gridcolor=GRID, **ZERO)
+    figure.update_xaxes(zeroline=False)
+    figure.update_yaxes(**ZERO)
     figure.update_layout(annotations=labels_beside(x, y, ranges, size, colours))
     figure.update_layout(legend={"x": 0, "y": 1.01, "yanchor": "bottom", "orientation": "h", "font": {"size": 12}})
     dots = "; small dots: single seeds" if seeds["seed"].nunique() > 1 else ""
@@ -116,7 +81,9 @@ def _plot_scatter(results: ContinualResults) -> go.Figure:
 def _cross(method: str, x: pd.Series, y: pd.Series, colour: str) -> go.Scatter:
     values = [with_minus(f"{a['mean']:.1f} [{a['low']:.1f}, {a['high']:.1f}]") for a in (x, y)]
     hover = f"{escaped(method)}<br>plasticity {values[0]}<br>stability {values[1]}<extra></extra>"
-    errors = {f"error_{axis}": _errors([a["mean"]], [a["low"]], [a["high"]], colour) for axis, a in zip("xy", (x, y))}
+    errors = {
+        f"error_{axis}": error_bars([a["mean"]], [a["low"]], [a["high"]], colour) for axis, a in zip("xy", (x, y))
+    }
     point = go.Scatter(x=[x["mean"]], y=[y["mean"]], mode="markers", marker={"color": colour, "size": 11}, **errors)
     return point.update(name=escaped(method), hovertemplate=hover, showlegend=False)
 
@@ -138,47 +105,33 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
     down = math.ceil(len(tables) / across)
     # Above an empty place, slanted labels would run into the neighbour below.
     angle = -90 if down > 1 and len(tables) % across else -45
-    width, height = across * (panel[0] + gap[0]) - gap[0], down * (panel[1] + gap[1]) - gap[1]
-    spacing = {"horizontal_spacing": gap[0] / width, "vertical_spacing": gap[1] / height}
-    figure = make_subplots(down, across, subplot_titles=[f"<b>{escaped(m)}</b>" for m in tables], **spacing)
+    figure, size = panels(down, across, panel, gap, [f"<b>{escaped(m)}</b>" for m in tables])
     after = ["base", *(f"after {escaped(task)}" for task in results.sequence)]
     for i, (method, table) in enumerate(tables.items()):
         where, z = {"row": i // across + 1, "col": i % across + 1}, table.reindex(stages).to_numpy(float)
-        hover = [
-            [f"{escaped(method)}, {a}<br>{escaped(c)}: {v:.1f}" for c, v in zip(columns, row)]
-            for a, row in zip(after, z)
-        ]
+        names = [[f"{escaped(method)}, {a}<br>{escaped(c)}" for c in columns] for a in after]
+        hover = [[f"{name}: {v:.1f}" for name, v in zip(*pair)] for pair in zip(names, z)]
         options = {"colorscale": LIGHT, "zmin": 0, "zmax": 100, "showscale": i == 0}
-        figure.add_trace(heatmap(z, hover, panel, **options), **where)
-        figure.data[-1].update(
-            text=[[_whole(v) for v in row] for row in z], texttemplate="%{text}", textfont={"size": 11, "color": INK}
-        )
+        numbers = {"text": [[_whole(v) for v in row] for row in z], "texttemplate": "%{text}"}
+        numbers["textfont"] = {"size": 11, "color": INK}
+        figure.add_trace(maps.heatmap(z, hover, panel, **options, **numbers), **where)
         for task in range(n_trained):
-            outline(figure, task, task + 1, MARK, **where)
+            maps.outline(figure, task, task + 1, MARK, **where)
         if len(columns) > n_trained:
             edge = {"x0": n_trained - 0.5, "x1": n_trained - 0.5, "y0": -0.5, "y1": n_trained + 0.5}
             figure.add_shape(type="line", line={"color": INK, "width": 1.5}, **edge, **where)
         below = i + across >= len(tables)
         figure.update_xaxes(**ticks([escaped(c) for c in columns]), showticklabels=below, tickangle=angle, **where)
-        figure.update_yaxes(
-            **ticks(after), showticklabels=where["col"] == 1, autorange="reversed", ticklabelstandoff=4, **where
-        )
+        figure.update_yaxes(**ticks(after), showticklabels=where["col"] == 1, **where)
     figure.update_xaxes(**bare())
-    figure.update_yaxes(**bare())
-    figure.update_annotations(font_size=13, yshift=2)
-    bar = {"len": min(260, height), "lenmode": "pixels", "y": 1, "yanchor": "top"}
-    colorbar(figure, "points", **bar, x=1 + 14 / width, xanchor="left")
+    figure.update_yaxes(**bare(), autorange="reversed", ticklabelstandoff=4)
+    bar = {"len": min(260, size["height"]), "lenmode": "pixels", "y": 1, "yanchor": "top"}
+    maps.colorbar(figure, "points", **bar, x=1 + 14 / size["width"], xanchor="left")
     notes = [f"mean score, {_amounts(results)} · outlined: the task just trained on"]
     notes[0] += " · right of the line: general tasks, not trained on" if len(columns) > n_trained else ""
-    room = 7 * max(map(len, columns))
-    margins = {
-        "left": max(0, 7 * max(map(len, after)) - 50),
-        "right": 92,
-        "extra_bottom": int((1 if angle == -90 else 0.75) * room) - 30,
-    }
-    return finish(
-        figure, "Scores on every task after every stage", notes, width=width, height=height, extra_top=24, **margins
-    )
+    room = int((1 if angle == -90 else 0.75) * 7 * max(map(len, columns))) - 30
+    size |= {"left": max(0, 7 * max(map(len, after)) - 50), "right": 92, "extra_top": 24, "extra_bottom": room}
+    return finish(figure, "Scores on every task after every stage", notes, **size)
 
 
 def _whole(value: float) -> str:
@@ -191,26 +144,18 @@ def _plot_similarity(results: ContinualResults) -> go.Figure:
         raise ValueError("the vectors were not followed along the sequence; run with similarity=True")
     single = results.similarity.groupby(["method", "task", "stage"])["similarity"].mean()
     figure, stages = go.Figure(), list(range(len(results.sequence) + 1))
+    names = [f"after {task}" for task in results.sequence]
     for method, colour in method_colours(results.methods).items():
         if method not in single.index:
             continue
         lines = single[method].unstack("stage")
         lines[0] = 1.0  # the base's vectors themselves
-        lines = lines.reindex(columns=stages)
-        common = {"x": stages, "legendgroup": escaped(method), "line_color": colour}
-        for task, values in lines.iterrows():
-            hover = f"{escaped(method)}, {escaped(task)}: %{{y:.3f}}<extra></extra>"
-            thin = go.Scatter(y=values.tolist(), mode="lines", line_width=1, opacity=0.3, hovertemplate=hover, **common)
-            figure.add_trace(thin.update(showlegend=False, meta=f"{escaped(method)}, {escaped(task)}"))
-        hover = f"{escaped(method)}, mean: %{{y:.3f}}<extra></extra>"
-        bold = go.Scatter(y=lines.mean().tolist(), mode="lines+markers", line_width=3, hovertemplate=hover, **common)
-        figure.add_trace(bold.update(name=escaped(method), marker_size=7))
+        task_lines(figure, stages, lines.reindex(columns=stages).T.to_dict("list"), method, colour, ["base", *names])
     width = max(520, min(110 * len(stages), 1000))
-    names = [f"after {task}" for task in results.sequence]
     labels, angle, room = task_labels(names, width // len(stages))
     figure.update_xaxes(tickvals=stages, ticktext=["base", *(labels[name] for name in names)], tickangle=angle)
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, range=[-0.15, len(stages) - 0.85])
-    figure.update_yaxes(title_text="cosine with the base's vector", gridcolor=GRID, **ZERO)
+    figure.update_xaxes(zeroline=False, range=[-0.15, len(stages) - 0.85])
+    figure.update_yaxes(title_text="cosine with the base's vector", **ZERO)
     figure.update_layout(legend={"x": 1 + 12 / width, "y": 1, "font": {"size": 13}, "tracegroupgap": 2})
     n_tasks = results.similarity["task"].nunique()
     notes = [f"bold: mean over {counted(n_tasks, 'task')}, thin: single tasks · {_seeds(results)}"]
@@ -232,27 +177,19 @@ def _plot_general(results: ContinualResults) -> go.Figure:
         part = part.reindex([m for m in methods if m in part.index])
         rows = [methods.index(m) for m in part.index]
         colours = [method_colours(methods)[m] for m in part.index]
-        about = [
-            [escaped(m), with_minus(f"{row['mean'] - start:+.1f}"), row["low"], row["high"], row["n_prompts"]]
-            for m, row in part.iterrows()
-        ]
-        hover = (
-            "%{customdata[0]}: %{x:.1f} [%{customdata[2]:.1f}, %{customdata[3]:.1f}], %{customdata[1]} from the base"
-            "<br>n = %{customdata[4]}<extra></extra>"
-        )
-        bars = go.Bar(
-            x=part["mean"].tolist(), y=rows, orientation="h", width=0.6, marker_color=colours, customdata=about
-        )
+        from_base = [with_minus(f"{mean - start:+.1f}") for mean in part["mean"]]
+        about = list(zip(map(escaped, part.index), from_base, part["low"], part["high"], part["n_prompts"]))
+        interval = "%{x:.1f} [%{customdata[2]:.1f}, %{customdata[3]:.1f}]"
+        hover = f"%{{customdata[0]}}: {interval}, %{{customdata[1]}} from the base<br>n = %{{customdata[4]}}"
+        bars = go.Bar(x=part["mean"].tolist(), y=rows, orientation="h", width=0.6, showlegend=False)
         bars.update(
-            error_x=_errors(part["mean"], part["low"], part["high"], INK),
-            marker_opacity=0.8,
-            hovertemplate=hover,
-            showlegend=False,
+            marker={"color": colours, "opacity": 0.8}, customdata=about, hovertemplate=f"{hover}<extra></extra>"
         )
+        bars.update(error_x=error_bars(part["mean"], part["low"], part["high"], INK))
         figure.add_trace(bars, 1, column)
-        text = [f"{row['mean']:.1f} ({change[1]})" for change, (_, row) in zip(about, part.iterrows())]
         beside = [max(high, start) for high in part["high"].fillna(part["mean"])]
-        shown = go.Scatter(x=beside, y=rows, mode="text", text=[f" {t}" for t in text], textposition="middle right")
+        text = [f" {mean:.1f} ({change})" for mean, change in zip(part["mean"], from_base)]
+        shown = go.Scatter(x=beside, y=rows, mode="text", text=text, textposition="middle right")
         figure.add_trace(shown.update(textfont_size=12, hoverinfo="skip", showlegend=False), 1, column)
         figure.add_vline(start, line={"color": FAINT, "width": 1.5, "dash": "dash"}, row=1, col=column)
         figure.update_xaxes(range=[0, 1.45 * max([start, *beside])], title_text="mean score (points)", col=column)
@@ -271,11 +208,6 @@ def _plot_general(results: ContinualResults) -> go.Figure:
 # -- shared ------------------------------------------------------------------------------------------------------------
 def _in_points(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{name: 100 * frame[name] for name in ("mean", "low", "high", "sd")})
-
-
-def _errors(mean: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> dict[str, Any]:
-    up, down = (np.clip(np.subtract(a, b), 0, None).tolist() for a, b in ((high, mean), (mean, low)))
-    return {"array": up, "arrayminus": down, "symmetric": False, "color": colour, "thickness": 1.2, "width": 3}
 
 
 def _general(results: ContinualResults) -> bool:

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ivlens.common.statistics import wilson
+from ivlens.plots import maps
+from ivlens.plots.colours import BEFORE_AFTER, COLOURS, MARK
 from ivlens.plots.scatter import plot_scatter
-from ivlens.plots.style import (
-    BEFORE_AFTER,
-    COLOURS,
-    GRID,
-    MARK,
-    ZERO,
-    colorbar,
-    counted,
-    diverging,
-    escaped,
-    finish,
-    grid_axes,
-    heatmap,
-    hover_heads,
-    legend_above,
-    map_size,
-    numbers,
-    span,
-    tick_step,
-    unit,
-    which_tasks,
-    with_minus,
-)
-from ivlens.plots.traces import before_after, cosine_map, task_rows
+from ivlens.plots.style import ZERO, finish, legend_above, panels, tick_step
+from ivlens.plots.traces import before_after, rate, task_lines, task_rows
+from ivlens.plots.words import counted, escaped, span, unit, which_tasks, with_minus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,19 +51,15 @@ def _plot_tasks(change: Change) -> go.Figure:
     names = [escaped(task) for task in tasks]
     bars = go.Bar(x=cosines.tolist(), y=list(range(len(tasks))), orientation="h", width=0.56, showlegend=False)
     bars.update(text=[with_minus(f"{x:.2f}") for x in cosines], textposition="outside", cliponaxis=False)
-    bars.update(
-        marker_color=COLOURS["vector"], customdata=names, hovertemplate="%{customdata}: %{x:.3f}<extra></extra>"
-    )
+    hover = "%{customdata}: %{x:.3f}<extra></extra>"
+    bars.update(marker_color=COLOURS["vector"], customdata=names, hovertemplate=hover)
     figure.add_trace(bars, 1, 1)
     frames = {"before": _accuracies(change, [change.base]), "after": _accuracies(change, later)}
     before_after(figure, 2, frames, tasks)
     figure.update_xaxes(range=[min(0.0, 1.25 * cosines.min()), 1.16], tickvals=[-1, -0.5, 0, 0.5, 1], col=1)
     figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", col=2)
-    where = (
-        escaped(later[0].label)
-        if len(later) == 1
-        else f"mean over {len(later)} checkpoints, answers pooled as if independent"
-    )
+    several = f"mean over {len(later)} checkpoints, answers pooled as if independent"
+    where = escaped(later[0].label) if len(later) == 1 else several
     amounts = " and ".join(dict.fromkeys(span(frame["n"]) for frame in frames.values()))
     notes = [f"after: {where} · accuracy with 95% interval, {amounts} prompts per point"]
     return finish(figure, "Vectors and accuracy of each task before and after training", notes, **size)
@@ -98,15 +73,14 @@ def _accuracies(change: Change, snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     for task in change.task_names:
         hits = [hit for s in snapshots for hit in s.accuracy[task].tolist()]
         asked = [(s.label, query) for s in snapshots for query in change.asked(task)]
-        low, high = wilson(hits, asked)
-        rows.append({"task": task, "mean": sum(hits) / len(hits), "low": low, "high": high, "n": len(set(asked))})
+        rows.append({"task": task, **rate(hits, asked)})
     return pd.DataFrame(rows)
 
 
 def _plot_matrix(change: Change) -> go.Figure:
     tasks, last = change.task_names, change.snapshots[-1]
     cosines = np.array([[change.base.vectors[a].cosine(last.vectors[b]) for b in tasks] for a in tasks])
-    figure, size = cosine_map(cosines, tasks, "before", "after")
+    figure, size = maps.cosine_map(cosines, tasks, "before", "after")
     others = cosines[~np.eye(len(tasks), dtype=bool)]
     means = f"mean {cosines.diagonal().mean():.2f} on the diagonal"
     means += f", {others.mean():.2f} off it" if len(others) else ""
@@ -121,11 +95,11 @@ def _plot_trajectory(change: Change) -> go.Figure:
     accuracy = {t: [s.accuracy[t].mean().item() for s in change.snapshots] for t in change.task_names}
     cosines = {t: change.similarity()[t].tolist() for t in change.task_names}
     figure = go.Figure()
-    _add_lines(figure, x, accuracy, "accuracy", COLOURS["vector"], labels)
-    _add_lines(figure, x, cosines, "cosine with the base's vector", MARK, labels)
+    task_lines(figure, x, accuracy, "accuracy", COLOURS["vector"], labels)
+    task_lines(figure, x, cosines, "cosine with the base's vector", MARK, labels)
     lowest = min(map(min, cosines.values()))
-    figure.update_yaxes(range=[min(-0.03, lowest - 0.05), 1.04], gridcolor=GRID, **ZERO)
-    figure.update_xaxes(title_text="step", gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(range=[min(-0.03, lowest - 0.05), 1.04], **ZERO)
+    figure.update_xaxes(title_text="step", zeroline=False)
     room = 0
     if steps is None:
         slanted = max(map(len, labels)) > 10 or len(labels) > 8
@@ -144,15 +118,10 @@ def _plot_hidden(change: Change) -> go.Figure:
     figure, layers = go.Figure(), list(range(len(base.hidden[change.task_names[0]])))
     for when, snapshot in (("before", base), ("after", last)):
         values = {task: snapshot.hidden[task].tolist() for task in change.task_names}
-        _add_lines(figure, layers, values, when, BEFORE_AFTER[when], [f"layer {layer}" for layer in layers])
-    figure.update_xaxes(
-        title_text="layer",
-        dtick=tick_step(len(layers), 20),
-        range=[-0.5, len(layers) - 0.5],
-        gridcolor=GRID,
-        zeroline=False,
-    )
-    figure.update_yaxes(title_text="cosine with the base's vector", gridcolor=GRID, **ZERO)
+        task_lines(figure, layers, values, when, BEFORE_AFTER[when], [f"layer {layer}" for layer in layers])
+    figure.update_xaxes(title_text="layer", dtick=tick_step(len(layers), 20), zeroline=False)
+    figure.update_xaxes(range=[-0.5, len(layers) - 0.5])
+    figure.update_yaxes(title_text="cosine with the base's vector", **ZERO)
     figure.update_layout(legend=legend_above())
     amount = f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks"
     notes = [
@@ -161,25 +130,6 @@ def _plot_hidden(change: Change) -> go.Figure:
     ]
     title = "How near the residual stream lies to the base's vector"
     return finish(figure, title, notes, width=620, height=320, right=28, extra_top=34)
-
-
-def _add_lines(
-    figure: go.Figure,
-    x: Sequence[int],
-    values: Mapping[str, list[float]],
-    name: str,
-    colour: str,
-    places: Sequence[str],
-) -> None:
-    """A faint line per task, and their mean as a bold one, which stands in the legend."""
-    places, hover = [escaped(place) for place in places], "%{customdata}<br>%{meta}: %{y:.3f}<extra></extra>"
-    common = {"x": list(x), "customdata": places, "hovertemplate": hover, "legendgroup": name, "line_color": colour}
-    for task, y in values.items():
-        faint = go.Scatter(y=y, mode="lines", opacity=0.28, line_width=1.2, showlegend=False, **common)
-        figure.add_trace(faint.update(meta=f"{name}, {escaped(task)}"))
-    mean = np.mean(list(values.values()), axis=0).tolist()
-    bold = go.Scatter(y=mean, mode="lines+markers", line_width=3, marker_size=6, name=name, **common)
-    figure.add_trace(bold.update(meta=f"{name}, mean"))
 
 
 def _steps(change: Change) -> list[int] | None:
@@ -196,29 +146,26 @@ def _plot_effects(change: Change) -> go.Figure:
             raise ValueError(
                 f"no heads were located at {snapshot.label}; give n_effects to compare or track, such as 8"
             )
-    before, after = (numbers(s.effects.mean()) for s in (base, last))
-    nothing, gap = np.full(before.shape, np.nan), 34
-    maps = {"before": before, "after": after, "after − before": after - before}
-    size = width, height = map_size(*before.shape, room=440, largest=30, smallest=(220, 140))
-    whole = 3 * width + 2 * gap
-    figure = make_subplots(1, 3, subplot_titles=list(maps), horizontal_spacing=gap / whole)
-    colours = diverging(list(maps.values()))
-    for column, values in enumerate(maps.values(), start=1):
-        figure.add_trace(
-            heatmap(values, hover_heads(values, nothing), size, showscale=column == 1, **colours), 1, column
-        )
-        grid_axes(figure, before.shape, size, row=1, col=column)
+    before, after = (maps.numbers(s.effects.mean()) for s in (base, last))
+    nothing = np.full(before.shape, np.nan)
+    shown = {"before": before, "after": after, "after − before": after - before}
+    panel = maps.map_size(*before.shape, room=440, largest=30, smallest=(220, 140))
+    figure, size = panels(1, 3, panel, (34, 0), list(shown))
+    colours = maps.diverging(list(shown.values()))
+    for column, values in enumerate(shown.values(), start=1):
+        hover = maps.hover_heads(values, nothing)
+        figure.add_trace(maps.heatmap(values, hover, panel, showscale=column == 1, **colours), 1, column)
+        maps.grid_axes(figure, before.shape, panel, row=1, col=column)
         if column > 1:
             figure.update_yaxes(title_text=None, showticklabels=False, row=1, col=column)
-    figure.update_annotations(font_size=13, yshift=2)
-    colorbar(figure, "effect")
+    maps.colorbar(figure, "effect")
     n = span([len(s.effects.values) for s in (base, last)])
     notes = [
         f"after: {escaped(last.label)} · average indirect effect on {unit(base.effects.metric)} · "
         f"{which_tasks(base.effects.task_names)}, {n} prompts · one colour scale for all"
     ]
     title = "Effects of heads before and after training"
-    return finish(figure, title, notes, width=whole, height=height, right=96, extra_top=20)
+    return finish(figure, title, notes, **size, right=96, extra_top=20)
 
 
 KINDS = {

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from ivlens.common.statistics import wilson
-from ivlens.plots.style import FAINT, GRID, TASK_COLOURS, counted, escaped, finish, plain, span, which_tasks
-from ivlens.plots.traces import before_after, task_bars, task_rows
+from ivlens.plots.colours import FAINT, TASK_COLOURS
+from ivlens.plots.style import finish
+from ivlens.plots.traces import before_after, rate, task_bars, task_rows
+from ivlens.plots.words import counted, escaped, plain, span, which_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +33,9 @@ def plot_loss(run: TrainingRun) -> go.Figure:
     line = go.Scatter(x=steps, y=losses, mode="lines+markers" if len(log) <= 60 else "lines")
     line.update(line={"color": TASK_COLOURS[0], "width": 2.5}, marker_size=6)
     figure = go.Figure(line.update(hovertemplate="step %{x}: %{y:.3f}<extra></extra>"))
-    figure.update_xaxes(title_text="step", rangemode="tozero", gridcolor=GRID, zerolinecolor=FAINT, ticklabelstandoff=4)
-    figure.update_yaxes(
-        title_text="loss (nats)", rangemode="tozero", gridcolor=GRID, zerolinecolor=FAINT, ticklabelstandoff=4
-    )
-    about = run.settings
+    about, axis = run.settings, {"rangemode": "tozero", "zerolinecolor": FAINT, "ticklabelstandoff": 4}
+    figure.update_xaxes(title_text="step", **axis)
+    figure.update_yaxes(title_text="loss (nats)", **axis)
     notes = [
         f"mean over answer tokens, {losses[0]:.3f} at first, {losses[-1]:.3f} at last · {escaped(about['method'])}, "
         f"{counted(about['steps'], 'step')} of {counted(about['batch_size'], 'prompt')}, "
@@ -115,8 +114,6 @@ def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     for (task, condition), part in scores.groupby(["task", "condition"], sort=False):
-        hits, asked = part["hit"], list(zip(part["checkpoint"], part["query"]))
-        low, high = wilson(hits.tolist(), asked)
-        row = {"task": task, "condition": condition, "mean": hits.mean(), "low": low, "high": high}
-        rows.append({**row, "n": len(set(asked))})
+        found = rate(part["hit"].tolist(), list(zip(part["checkpoint"], part["query"])))
+        rows.append({"task": task, "condition": condition, **found})
     return pd.DataFrame(rows)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ivlens.plots.style import FAINT, GRID, TASK_COLOURS, ZERO, escaped, finish
+from ivlens.plots.colours import FAINT, TASK_COLOURS
+from ivlens.plots.style import ZERO, finish, panels
+from ivlens.plots.words import escaped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,15 +34,8 @@ def plot_scatter(change: Change) -> go.Figure:
     """A panel per measured similarity: a point per task and checkpoint, and a straight line."""
     points, found = change.points(), change.correlations().to_dict("records")
     columns = min(3, len(found))
-    rows, gap_x, gap_y, panel = math.ceil(len(found) / columns), 36, 84, (250, 220)
-    width, height = columns * (panel[0] + gap_x) - gap_x, rows * (panel[1] + gap_y) - gap_y
-    figure = make_subplots(
-        rows,
-        columns,
-        subplot_titles=[_r2(row) for row in found],
-        horizontal_spacing=gap_x / width if columns > 1 else 0,
-        vertical_spacing=gap_y / height if rows > 1 else 0,
-    )
+    rows = math.ceil(len(found) / columns)
+    figure, size = panels(rows, columns, (250, 220), (36, 84), [_r2(row) for row in found])
     for i, name in enumerate(row["predictor"] for row in found):
         where = {"row": i // columns + 1, "col": i % columns + 1}
         for j, task in enumerate(change.task_names):
@@ -51,17 +45,14 @@ def plot_scatter(change: Change) -> go.Figure:
         figure.update_xaxes(title_text=PREDICTORS[name], nticks=5, **where)
         figure.update_yaxes(matches="y", showticklabels=where["col"] == 1, **where)
         figure.update_yaxes(title_text="change in accuracy" if where["col"] == 1 else None, **where)
-    figure.update_xaxes(gridcolor=GRID, zeroline=False)
-    figure.update_yaxes(gridcolor=GRID, **ZERO, tickformat="+.1~%")
-    figure.update_annotations(font_size=13, yshift=2)
-    figure.update_layout(legend={"x": 1 + 16 / width, "y": 1, "font": {"size": 12}, "tracegroupgap": 0})
-    notes = [
-        f"a point per task and checkpoint, {len(points)} in all, coloured by task · "
-        "R² of a straight line with its 95% interval"
-    ]
+    figure.update_xaxes(zeroline=False)
+    figure.update_yaxes(**ZERO, tickformat="+.1~%")
+    figure.update_layout(legend={"x": 1 + 16 / size["width"], "y": 1, "font": {"size": 12}, "tracegroupgap": 0})
+    amount = f"a point per task and checkpoint, {len(points)} in all, coloured by task"
+    notes = [f"{amount} · R² of a straight line with its 95% interval"]
     right = int(7 * max(map(len, change.task_names))) + 68
     title = "Similarity to the base against the change in accuracy"
-    return finish(figure, title, notes, width=width, height=height, left=14, right=right, extra_top=24)
+    return finish(figure, title, notes, **size, left=14, right=right, extra_top=24)
 
 
 def _r2(found: Mapping[str, float]) -> str:
@@ -71,9 +62,7 @@ def _r2(found: Mapping[str, float]) -> str:
 
 
 def _dots(part: pd.DataFrame, name: str, task: str, number: int) -> go.Scatter:
-    hover = (
-        f"%{{fullData.name}}, %{{customdata}}<br>{PREDICTORS[name]}: %{{x:.3f}}<br>accuracy %{{y:+.1%}}<extra></extra>"
-    )
+    values = f"{PREDICTORS[name]}: %{{x:.3f}}<br>accuracy %{{y:+.1%}}"
     symbol = SYMBOLS[number // len(TASK_COLOURS) % len(SYMBOLS)]
     return go.Scatter(
         x=part[name].tolist(),
@@ -83,7 +72,7 @@ def _dots(part: pd.DataFrame, name: str, task: str, number: int) -> go.Scatter:
         name=escaped(task),
         legendgroup=escaped(task),
         customdata=[escaped(label) for label in part["checkpoint"]],
-        hovertemplate=hover,
+        hovertemplate=f"%{{fullData.name}}, %{{customdata}}<br>{values}<extra></extra>",
     )
 
 

@@ -6,26 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ivlens.plots.style import (
-    MARK,
-    SEQUENTIAL,
-    bare,
-    colorbar,
-    counted,
-    escaped,
-    finish,
-    heatmap,
-    map_size,
-    numbers,
-    outline,
-    plain,
-    span,
-    ticks,
-    unit,
-)
+from ivlens.plots import maps
+from ivlens.plots.colours import MARK
+from ivlens.plots.style import bare, finish, panels, ticks
 from ivlens.plots.traces import task_bars
+from ivlens.plots.words import counted, escaped, plain, span, unit
 
 if TYPE_CHECKING:
     from ivlens.steering.evaluation import Evaluation
@@ -39,34 +25,32 @@ def plot_search(search: InjectionSearch) -> go.Figure:
     columns = sorted(range(len(search.layers)), key=lambda i: search.layers[i])
     rows = sorted(range(len(search.scales)), key=lambda i: search.scales[i])
     layers, scales = [search.layers[i] for i in columns], [search.scales[i] for i in rows]
-    panels = [numbers(x).T[np.ix_(rows, columns)] for x in (search.accuracy, search.control)]
-    best, gap = search.best, 36
+    shown = [maps.numbers(x).T[np.ix_(rows, columns)] for x in (search.accuracy, search.control)]
+    best = search.best
     x, y = layers.index(best.layer), scales.index(best.scale)
-    size = width, height = map_size(len(scales), len(layers), room=480, largest=40, smallest=(300, 180))
-    names = "the vector", "a random vector of the same length"
-    figure = make_subplots(1, 2, subplot_titles=names, horizontal_spacing=gap / (2 * width + gap))
-    for column, (panel, name) in enumerate(zip(panels, ("vector", "random vector"), strict=True), start=1):
+    panel = maps.map_size(len(scales), len(layers), room=480, largest=40, smallest=(300, 180))
+    figure, size = panels(1, 2, panel, (36, 0), ("the vector", "a random vector of the same length"))
+    for column, (values, name) in enumerate(zip(shown, ("vector", "random vector"), strict=True), start=1):
         hover = [
-            [f"{name}, layer {layer}, scale {plain(scale)}: {panel[i, j]:.1%}" for j, layer in enumerate(layers)]
+            [f"{name}, layer {layer}, scale {plain(scale)}: {values[i, j]:.1%}" for j, layer in enumerate(layers)]
             for i, scale in enumerate(scales)
         ]
-        options = {"colorscale": SEQUENTIAL, "zmin": 0, "zmax": 1, "showscale": column == 1}
-        figure.add_trace(heatmap(panel, hover, size, **options), 1, column)
-        outline(figure, x, y, MARK, row=1, col=column)
-    figure.update_xaxes(title_text="layer", **ticks(layers, width // 26), **bare())
-    figure.update_yaxes(**ticks([plain(s) for s in scales], height // 18), **bare())
+        options = {"colorscale": maps.SEQUENTIAL, "zmin": 0, "zmax": 1, "showscale": column == 1}
+        figure.add_trace(maps.heatmap(values, hover, panel, **options), 1, column)
+        maps.outline(figure, x, y, MARK, row=1, col=column)
+    figure.update_xaxes(title_text="layer", **ticks(layers, panel[0] // 26), **bare())
+    figure.update_yaxes(**ticks([plain(s) for s in scales], panel[1] // 18), **bare())
     figure.update_yaxes(title_text="scale", col=1)
     figure.update_yaxes(showticklabels=False, col=2)
-    figure.update_annotations(font_size=13, yshift=2)
-    colorbar(figure, "accuracy", tickformat=".0%")
+    maps.colorbar(figure, "accuracy", tickformat=".0%")
     goal = "inducing" if search.goal == "induce" else "suppressing"
-    chosen, beside = panels[0][y, x], panels[1][y, x]
+    chosen, beside = shown[0][y, x], shown[1][y, x]
     notes = [
         f"{goal} the task, {counted(search.n, 'prompt')} · nothing injected: {search.baseline:.1%}",
         f"outlined: layer {best.layer}, scale {plain(best.scale)}: {chosen:.1%} (random vector there: {beside:.1%})",
     ]
     title = f"Where and how strongly to inject “{escaped(search.vector.name)}”"
-    return finish(figure, title, notes, width=2 * width + gap, height=height, right=96, extra_top=20)
+    return finish(figure, title, notes, **size, right=96, extra_top=20)
 
 
 def plot_evaluation(evaluation: Evaluation, metric: str = "first_token") -> go.Figure:
