@@ -141,7 +141,8 @@ class Backend(ABC):
         """The head, its layer as a number from 0."""
         layer = self.check_layer(layer)
         if not 0 <= head < self.n_heads:
-            raise ValueError(f"head={head} is out of range: {self.name} has heads 0 to {self.n_heads - 1}")
+            there = f"{self.name} has heads 0 to {self.n_heads - 1} in each layer"
+            raise ValueError(f"head={head} is out of range: {there}")
         return Head(layer, head)
 
     def check_hooks(self) -> None:
