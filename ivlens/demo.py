@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -53,7 +53,9 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
         steered = _side_by_side(model, vectors)
         tables = {name: table.to_dataframe().to_dict("records") for name, table in steered.items()}
         (out / "generations.json").write_text(json.dumps(tables, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    _draw(effects, out / "heatmap.png")
+    (out / "heatmap.png").unlink(missing_ok=True)
+    with suppress(RuntimeError):  # where no browser can draw it, the report has it anyway
+        write_figure(effects.plot(), out / "heatmap.png")
     (out / "seconds.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
     return _report(out, effects, searches, vectors, scores, steered)
 
@@ -78,14 +80,6 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
     return searches
 
 
-def _draw(effects: HeadEffects, path: Path) -> None:
-    """The heatmap as a picture, where a browser is there to draw it."""
-    try:
-        write_figure(effects.plot(), path)
-    except RuntimeError:
-        path.unlink(missing_ok=True)  # the report has it anyway
-
-
 def _side_by_side(model: Any, vectors: dict[str, InstructionVector]) -> dict[str, Generations]:
     return {
         name: generate(model, [f"Q: {word}\nA:" for word in words], vector=vectors[name], max_new_tokens=6)
@@ -103,58 +97,36 @@ def _report(
 ) -> Path:
     first = next(iter(searches))
     example = build_prompts(load_tasks([first])[first], n=1, shots=10)[0]
+    shown = example.render().replace("\n\nQ", "\nQ")
+    heads = (
+        "Each cell: how much the right answer's probability rises when that head's output is replaced by its mean over "
+        f"prompts that show the task, in prompts whose demonstrations are shuffled. {len(effects.tasks)} prompts of "
+        f"{len(effects.task_names)} tasks. Such a prompt, before shuffling, is:\n{shown}"
+    )
+    summed = "The ten strongest heads' mean outputs, summed per task: one direction in the residual stream each."
+    if at_edge := [name for name, search in searches.items() if search.best.scale == max(SCALES)]:
+        summed += f"\n\nThe best scale is the largest tried, {max(SCALES):g}, for {', '.join(at_edge)}: "
+        summed += "more may work better."
+    bare = (
+        "Zero-shot prompts with no instruction and no demonstrations. Layer and scale were chosen on validation data."
+    )
+    split = "Zero-shot accuracy on the test split (60 prompts per task), with each vector's controls"
+    maps = [effects.plot(kind) for kind in ("mean", "tasks", "stderr")]
+    bars = [scores.plot(metric) for metric in ("exact_match", "first_token")]
     sections = [
-        Section(
-            "Which heads carry an instruction",
-            "Each cell: how much the right answer's probability rises when that head's output is replaced by its mean over "
-            f"prompts that show the task, in prompts whose demonstrations are shuffled. {len(effects.tasks)} prompts of "
-            f"{len(effects.task_names)} tasks. Such a prompt, before shuffling, is:\n\n{example.render()}".replace(
-                "\n\nQ", "\nQ"
-            ),
-            [effects.plot(), effects.plot("tasks"), effects.plot("stderr"), effects.to_dataframe().head(10)],
-        ),
-        Section(
-            "The vectors",
-            "The ten strongest heads' mean outputs, summed per task: one direction in the residual stream each."
-            + _edge(searches),
-            [plot_similarity(vectors), *(search.plot() for search in searches.values())],
-        ),
-        Section(
-            "Steering: nothing asked, the vector in and out",
-            "Zero-shot prompts with no instruction and no demonstrations. Layer and scale were chosen on validation data.",
-            list(steered.values()),
-        ),
+        Section("Which heads carry an instruction", heads, [*maps, effects.to_dataframe().head(10)]),
+        Section("The vectors", summed, [plot_similarity(vectors), *(search.plot() for search in searches.values())]),
+        Section("Steering: nothing asked, the vector in and out", bare, list(steered.values())),
         Section(
             "How well it works",
-            "Zero-shot accuracy on the test split (60 prompts per task), with each vector's controls; bars are 95 % intervals.",
-            [
-                scores.plot("exact_match"),
-                scores.plot("first_token"),
-                scores.gains("exact_match"),
-                scores.to_dataframe(),
-            ],
+            f"{split}; bars are 95 % intervals.",
+            [*bars, scores.gains("exact_match"), scores.to_dataframe()],
         ),
     ]
-    summary = _summary(scores)
-    return write_report(
-        out / "report.html",
-        title="Instruction vectors in SmolLM2-135M-Instruct"
-        if effects.metadata["model"] == "smollm2"
-        else "Instruction vectors",
-        summary=summary,
-        sections=sections,
-        about={key: str(value) for key, value in effects.metadata.items()},
-    )
-
-
-def _edge(searches: Mapping[str, InjectionSearch]) -> str:
-    """Where the best scale is the largest tried."""
-    at = [name for name, search in searches.items() if search.best.scale == max(SCALES)]
-    return (
-        f"\n\nThe best scale is the largest tried, {max(SCALES):g}, for {', '.join(at)}: more may work better."
-        if at
-        else ""
-    )
+    built_in = " in SmolLM2-135M-Instruct" if effects.metadata["model"] == "smollm2" else ""
+    about = {key: str(value) for key, value in effects.metadata.items()}
+    options = {"title": f"Instruction vectors{built_in}", "summary": _summary(scores), "sections": sections}
+    return write_report(out, **options, about=about)
 
 
 def _summary(scores: Evaluation) -> str:

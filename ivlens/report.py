@@ -21,6 +21,7 @@ __all__ = ["Section", "write_figure", "write_report"]
 
 # Of plotly's buttons only the one that saves an image; others send the figure to a web site. Dragging zooms anyway.
 CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
+ITEMS = (str, go.Figure, pd.DataFrame, Generations)
 FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 
@@ -41,14 +42,12 @@ class Section:
     items: Sequence[go.Figure | pd.DataFrame | Generations | str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.items, (str, go.Figure, pd.DataFrame, Generations)):
+        if isinstance(self.items, ITEMS):
             raise TypeError(f"items of section {self.title!r} is a single {type(self.items).__name__}; pass a list")
         for item in self.items:
-            if not isinstance(item, (str, go.Figure, pd.DataFrame, Generations)):
-                raise TypeError(
-                    f"section {self.title!r} can't show a {type(item).__name__}; "
-                    "pass a plotly figure, a DataFrame, Generations or a string"
-                )
+            if not isinstance(item, ITEMS):
+                what = "pass a plotly figure, a DataFrame, Generations or a string"
+                raise TypeError(f"section {self.title!r} can't show a {type(item).__name__}; {what}")
 
 
 def write_report(
@@ -73,9 +72,9 @@ def write_report(
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         path = path / "report.html"
-    numbered = list(enumerate(sections, start=1))
-    contents = "".join(f'<li><a href="#section-{i}">{_escape(s.title)}</a></li>' for i, s in numbered)
-    body = "".join(_section(i, section) for i, section in numbered)
+    titles = [f'<li><a href="#section-{i}">{_escape(s.title)}</a></li>' for i, s in enumerate(sections, start=1)]
+    contents = f'<nav aria-label="Contents"><h2>Contents</h2><ol>{"".join(titles)}</ol></nav>\n' if titles else ""
+    body = "".join(_section(i, section) for i, section in enumerate(sections, start=1))
     script = ""
     if any(isinstance(item, go.Figure) for section in sections for item in section.items):
         from plotly.offline import get_plotlyjs
@@ -86,8 +85,7 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n{script}\n</head>\n<body>\n<main>\n"
         f"<header><h1>{_escape(title)}</h1>{_paragraphs(summary)}</header>\n"
-        + (f'<nav aria-label="Contents"><h2>Contents</h2><ol>{contents}</ol></nav>\n' if contents else "")
-        + f"{body}<footer>{_about(about or {})}<p>Made with ivlens {_escape(__version__)}.</p></footer>\n"
+        f"{contents}{body}<footer>{_about(about or {})}<p>Made with ivlens {_escape(__version__)}.</p></footer>\n"
         "</main>\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,9 +120,8 @@ def write_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> 
     except Exception as error:
         raise RuntimeError(
             f"can't write {path.name}: kaleido needs a Chrome or Chromium browser and found none that works ({error}). "
-            "Install one, by plotly_get_chrome or the system's package manager (Debian and "
-            "Ubuntu: apt install chromium), or name one in the environment variable BROWSER_PATH. figure.write_html "
-            "and ivl.write_report need no browser."
+            "Install one, by plotly_get_chrome or the system's package manager (apt install chromium), or name one in "
+            "the environment variable BROWSER_PATH. figure.write_html and ivl.write_report need no browser."
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(image)
@@ -174,20 +171,20 @@ def _table(frame: pd.DataFrame) -> str:
         frame = pd.concat([index, frame.reset_index(drop=True)], axis=1)
     names = [" · ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in frame.columns]
     columns = [frame.iloc[:, i].tolist() for i in range(len(names))]
-    numeric = [_is_numeric(column) for column in columns]
-    head = "".join(f"<th{_right(n)}>{_escape(name)}</th>" for name, n in zip(names, numeric, strict=True))
-    cells = [[f"<td{_right(n)}>{_cell(x)}</td>" for x in column] for column, n in zip(columns, numeric, strict=True)]
-    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*cells, strict=True))
-    return f'<div class="scroll tall"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    kinds = [' class="n"' if _is_numeric(column) else "" for column in columns]
+    cells = [[f"<td{kind}>{_cell(x)}</td>" for x in column] for column, kind in zip(columns, kinds, strict=True)]
+    head = [f"<th{kind}>{_escape(name)}</th>" for name, kind in zip(names, kinds, strict=True)]
+    return f'<div class="scroll tall">{_rows(head, cells)}</div>'
+
+
+def _rows(head: Sequence[str], columns: Sequence[Sequence[str]], kind: str = "") -> str:
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True))
+    return f"<table{kind}><thead><tr>{''.join(head)}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _is_numeric(column: Sequence[Any]) -> bool:
     known = [x for x in column if not _missing(x)]
     return bool(known) and all(isinstance(x, numbers.Number) and not isinstance(x, bool) for x in known)
-
-
-def _right(numeric: bool) -> str:
-    return ' class="n"' if numeric else ""
 
 
 def _missing(x: Any) -> bool:
@@ -197,25 +194,19 @@ def _missing(x: Any) -> bool:
 def _cell(x: Any) -> str:
     if _missing(x):
         return "–"
-    if isinstance(x, numbers.Real) and not isinstance(x, (numbers.Integral, bool)):
-        return _number(float(x))
+    if isinstance(x, numbers.Real) and not isinstance(x, numbers.Integral):
+        size = abs(float(x))  # three decimals, or an exponent where those would say nothing
+        return f"{float(x):.1e}" if 0 < size < 0.0005 or size >= 1e7 else f"{float(x):.3f}"
     return _escape(x)
-
-
-def _number(x: float) -> str:
-    """Three decimals, or an exponent where those would say nothing."""
-    size = abs(x)
-    return f"{x:.1e}" if 0 < size < 0.0005 or size >= 1e7 else f"{x:.3f}"
 
 
 def _generations(generations: Generations) -> str:
     """Side by side, line breaks kept, steered columns tinted."""
     columns = [("prompt", "", generations.prompts)]
     columns += [(name, _tint(name), texts) for name, texts in generations.texts.items()]
-    head = "".join(f'<th class="{tint}">{_escape(name)}</th>' for name, tint, _ in columns)
+    head = [f'<th class="{tint}">{_escape(name)}</th>' for name, tint, _ in columns]
     cells = [[f'<td class="text {tint}">{_lines(text)}</td>' for text in texts] for _, tint, texts in columns]
-    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*cells, strict=True))
-    table = f'<table class="generations"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    table = _rows(head, cells, ' class="generations"')
     return f'<div class="scroll">{table}</div>'
 
 
