@@ -52,7 +52,7 @@ def tokenize(
     Raises
     ------
     ValueError
-        If a prompt or answer is empty or tokenizes to nothing, numbers don't match, or it is longer than the context.
+        If a prompt or answer (but a free one) is empty or tokenizes to nothing, numbers don't match, or it is longer than the context.
     """
     if not len(prompts):
         raise ValueError("no prompts given; pass at least one")
@@ -76,7 +76,8 @@ def tokenize(
             ids, answer = ids + answer[:1], answer[1:]
         if not ids:
             raise ValueError(f"prompt {i} tokenizes to nothing; give it some text")
-        if answers is not None and not answer:
+        free = isinstance(prompt, Prompt) and prompt.query.check and not (answers and answers[i])
+        if answers is not None and not answer and not free:
             raise ValueError(
                 f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text in it"
             )

@@ -18,7 +18,7 @@ from ivlens.common.hints import hint
 __all__ = ["CHECKS", "check_source", "parse_check", "passes", "register_check"]
 
 Verifier = Callable[..., bool]
-WORD = re.compile(r"\w+(?:['’]\w+)*")  # noqa: RUF001
+WORD = re.compile(r"\w+(?:['’]\w+)*")
 CHECKS: dict[str, Verifier] = {}
 
 
@@ -50,7 +50,7 @@ def parse_check(check: str) -> tuple[Verifier, str | None]:
     ValueError
         If there is no such check (near ones are suggested), or it lacks its argument, or has one too many.
     """
-    name, colon, argument = (part.strip() for part in check.partition(":"))
+    name, _, argument = (part.strip() for part in check.partition(":"))
     if name not in CHECKS:
         raise ValueError(f"check {name!r} is unknown; {hint(name, sorted(CHECKS))}, or add yours with register_check")
     takes = len(inspect.signature(CHECKS[name]).parameters) > 1
@@ -60,7 +60,9 @@ def parse_check(check: str) -> tuple[Verifier, str | None]:
     if name in COUNTED and not re.fullmatch(r"[1-9]\d*", argument):
         raise ValueError(f"check {check!r} needs a whole number of words, 1 or more")
     if name == "language" and argument not in LANGUAGES:
-        raise ValueError(f"check {check!r} names a language that isn't told apart; choose one of {', '.join(LANGUAGES)}")
+        raise ValueError(
+            f"check {check!r} names a language that isn't told apart; choose one of {', '.join(LANGUAGES)}"
+        )
     return CHECKS[name], argument or None
 
 
@@ -136,14 +138,16 @@ def is_degenerate(text: str) -> bool:
         return True
     threes = list(zip(words, words[1:], words[2:]))
     commonest = Counter(words).most_common(1)[0][1]
-    return (len(words) > 3 and commonest > 0.6 * len(words)) or (len(threes) > 6 and len(set(threes)) < 0.5 * len(threes))
+    return (len(words) > 3 and commonest > 0.6 * len(words)) or (
+        len(threes) > 6 and len(set(threes)) < 0.5 * len(threes)
+    )
 
 
 # -- form ---------------------------------------------------------------------------------------------------------------
 @register_check("bullets")
 def bullets(text: str) -> bool:
     """Two different bulleted lines or more, and no more other lines than these."""
-    return _items(text, r"\s*[-*•–]\s+(?=\S)")  # noqa: RUF001
+    return _items(text, r"\s*[-*•–]\s+(?=\S)")
 
 
 @register_check("numbered_list")
@@ -181,7 +185,7 @@ def title(text: str) -> bool:
 def poem(text: str) -> bool:
     """Three short lines or more (two to ten words), nothing but such lines, no list."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    listed = any(re.match(r"([-*•–]|\d+[.)])\s", line) for line in lines)  # noqa: RUF001
+    listed = any(re.match(r"([-*•–]|\d+[.)])\s", line) for line in lines)
     short = [2 <= len(WORD.findall(line)) <= 10 for line in lines[:-1]]  # the last may be cut off
     return len(lines) >= 3 and all(short) and len(WORD.findall(lines[-1])) <= 10 and not listed
 
@@ -232,7 +236,7 @@ def ends_with(text: str, sentence: str) -> bool:
 @register_check("no_comma")
 def no_comma(text: str) -> bool:
     """Six words or more without a comma."""
-    return not re.search("[,，、،]", text) and len(WORD.findall(text)) >= 6  # noqa: RUF001
+    return not re.search("[,，、،]", text) and len(WORD.findall(text)) >= 6
 
 
 @register_check("includes")
@@ -249,7 +253,10 @@ def avoids(text: str, word: str) -> bool:
 
 
 # -- language -----------------------------------------------------------------------------------------------------------
-LANGUAGES = tuple("ar cs da de el en es fi fr he hi hu id it ja ko nl no pl pt ro ru sv th tr uk vi zh".split())
+LANGUAGES = (
+    *("ar", "cs", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "hu", "id", "it"),
+    *("ja", "ko", "nl", "no", "pl", "pt", "ro", "ru", "sv", "th", "tr", "uk", "vi", "zh"),
+)
 
 
 @register_check("language")

@@ -48,8 +48,8 @@ class Prompt:
 
     @property
     def answer(self) -> str:
-        """The answer as it continues the rendered prompt (with its leading space in style `qa`)."""
-        return f" {self.query.output}" if self.style == "qa" else self.query.output
+        """The answer as it continues the rendered prompt (with its leading space in style `qa`); empty where it is free."""
+        return f" {self.query.output}" if self.style == "qa" and self.query.output else self.query.output
 
     def render(self, tokenizer: Any = None) -> str:
         """The prompt as text, up to where the answer begins.
@@ -73,7 +73,7 @@ class Prompt:
         if self.style != "chat":
             return self.answer, ""
         _, lead, end = chat_parts(tokenizer, self._turns(), dict(self.template))
-        return lead + self.query.output, end
+        return (lead + self.query.output if self.query.output else ""), end
 
     def mapped(self, change: Callable[[str], str]) -> Prompt:
         """With its texts that come from data changed."""
@@ -97,7 +97,11 @@ class Prompt:
 
 def common_stop(prompts: Sequence[Prompt]) -> str | None:
     """The text that ends generated answers: a line's end, or None, where the model says so, if some have several lines."""
-    return None if any("\n" in answer.strip() for prompt in prompts for answer in prompt.query.answers) else "\n"
+    return (
+        None
+        if any(prompt.query.check or "\n" in answer.strip() for prompt in prompts for answer in prompt.query.answers)
+        else "\n"
+    )
 
 
 def build_prompts(
@@ -120,8 +124,8 @@ def build_prompts(
         How many; None takes every example of the split once. More than there are reuses queries with new demonstrations, with a
         warning.
     instruction
-        False for the bare query, True for a paraphrase drawn per prompt, a number for that paraphrase, or your own text. Examples
-        with an instruction of their own keep it.
+        False for the bare query, True for a paraphrase drawn per prompt (on the test split of those held out, if there are any),
+        a number for that paraphrase, or your own text. Examples with an instruction of their own keep it.
     template
         In style `chat`: `system` (a system prompt), `date` (default 2025-01-01), and what the tokenizer's template takes, such as
         `enable_thinking` (default False where it knows that).
@@ -156,7 +160,7 @@ def build_prompts(
             needed = f"shots={shots} needs at least {shots + 1} training examples with different inputs"
             there = f"task {task.name!r} has {len({given for given, _ in pool})}"
             raise ValueError(f"{needed}, but {there}; use fewer shots or give the task more records")
-        text = _instruction(task, query, instruction, rng)
+        text = _instruction(task, query, instruction, split, rng)
         if text and text == query.instruction:  # its own: rows of another one answer something else
             alike = [x for x in others if x.instruction == text]
             others = alike if len(alike) >= shots else others
@@ -169,11 +173,13 @@ def build_prompts(
     return prompts
 
 
-def _instruction(task: Task, query: Example, choice: bool | str | int, rng: random.Random) -> str | None:
+def _instruction(task: Task, query: Example, choice: bool | str | int, split: str, rng: random.Random) -> str | None:
     if isinstance(choice, str):
         return choice
     if choice is False or choice is None:
         return None
     if query.instruction is not None:  # its own, "" where the input says it all
         return query.instruction or None
-    return rng.choice(task.instructions) if choice is True else task.instructions[choice]
+    if choice is True:
+        return rng.choice((split == "test" and task.held_out) or task.instructions)
+    return (*task.instructions, *task.held_out)[choice]

@@ -84,22 +84,32 @@ def _index() -> dict[str, dict]:
 @cache
 def _load(name: str) -> Task:
     about = dict(_index()[name])
-    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (DATA / f"{about.pop('examples', name)}.jsonl").read_text(encoding="utf-8").splitlines()
     return Task.from_records(map(json.loads, lines), name=name, instruction=about.pop("instructions"), **about)
 
 
-def load_tasks(names: str | Iterable[str] | None = None) -> TaskSuite:
-    """The built-in tasks, all of them or the ones named.
+def load_tasks(names: str | Iterable[str] | None = None, *, group: str | None = None) -> TaskSuite:
+    """The built-in tasks: the ones named, those of a group, or by default all that have one right answer.
+
+    Parameters
+    ----------
+    group
+        `formats`: instructions on the form of a free answer, each with a verifier, over the same questions. Others: `morphology`,
+        `knowledge`, `text`, `reasoning`, `translation`, `classification`, `choice`, `lists`.
 
     Raises
     ------
     KeyError
-        If a name is unknown; the message suggests near ones.
+        If a name or group is unknown; the message suggests near ones.
     """
-    names = _index() if names is None else [names] if isinstance(names, str) else list(names)
-    for name in names:
-        if name not in _index():
-            raise KeyError(_unknown(name, _index()))
+    index = _index()
+    if group is not None and group not in (known := {about["group"] for about in index.values()}):
+        raise KeyError(f"unknown group {group!r}; {hint(group, sorted(known))}")
+    if names is None:
+        names = [n for n, about in index.items() if (about["group"] == group if group else about["group"] != "formats")]
+    for name in (names := [names] if isinstance(names, str) else list(names)):
+        if name not in index:
+            raise KeyError(_unknown(name, index))
     return TaskSuite(_load(name) for name in names)
 
 
