@@ -39,11 +39,9 @@ class Change:
     def __post_init__(self) -> None:
         for s in self.snapshots:
             for task in self.task_names:
-                if len(s.accuracy[task]) != len(self.asked(task)):
-                    raise ValueError(
-                        f"{s.label!r} answered {len(s.accuracy[task])} prompts of task {task!r}, {self.base.label!r} "
-                        f"{len(self.asked(task))}; track them on the same prompts"
-                    )
+                if (n := len(s.accuracy[task])) != (n_base := len(self.asked(task))):
+                    amounts = f"{s.label!r} answered {n} prompts of task {task!r}, {self.base.label!r} {n_base}"
+                    raise ValueError(f"{amounts}; track them on the same prompts")
 
     @property
     def base(self) -> Snapshot:
@@ -62,10 +60,8 @@ class Change:
         """cos(θ⁰, θʲ) of every task (columns) at every checkpoint (rows), over the same heads (IV §5)."""
         import pandas as pd
 
-        rows = {
-            s.label: {t: self.base.vectors[t].cosine(s.vectors[t]) for t in self.task_names} for s in self.snapshots
-        }
-        return pd.DataFrame.from_dict(rows, orient="index")[self.task_names]
+        rows = [[self.base.vectors[t].cosine(s.vectors[t]) for t in self.task_names] for s in self.snapshots]
+        return pd.DataFrame(rows, index=[s.label for s in self.snapshots], columns=self.task_names)
 
     def head_similarity(self) -> pd.DataFrame:
         """The same per head: cos(z̄⁰ W_O⁰, z̄ʲ W_Oʲ), one row per checkpoint, task and head."""
@@ -126,24 +122,14 @@ class Change:
             for task in self.task_names:
                 hits = s.accuracy[task].tolist()
                 low, high = wilson(hits, self.asked(task))
-                here = overlap.loc[(s.label, task)] if (s.label, task) in overlap.index else None
-                rows.append(
-                    {
-                        "checkpoint": s.label,
-                        "step": s.step,
-                        "task": task,
-                        "accuracy": sum(hits) / len(hits),
-                        "low": low,
-                        "high": high,
-                        "n": len(set(self.asked(task))),
-                        "log_probability": s.log_probability[task].mean().item(),
-                        "iv_similarity": similarity.loc[s.label, task],
-                        "hidden_similarity": s.hidden[task].mean().item(),
-                        "head_overlap": None if here is None else here["jaccard"],
-                        "effects_spearman": None if here is None else here["spearman"],
-                        "weight_distance": s.distance,
-                    }
-                )
+                row = {"checkpoint": s.label, "step": s.step, "task": task, "accuracy": sum(hits) / len(hits)}
+                row |= {"low": low, "high": high, "n": len(set(self.asked(task)))}
+                row["log_probability"] = s.log_probability[task].mean().item()
+                row["iv_similarity"] = similarity.loc[s.label, task]
+                row["hidden_similarity"] = s.hidden[task].mean().item()
+                here = overlap.loc[(s.label, task)] if (s.label, task) in overlap.index else {}
+                row |= {"head_overlap": here.get("jaccard"), "effects_spearman": here.get("spearman")}
+                rows.append({**row, "weight_distance": s.distance})
         return pd.DataFrame(rows)
 
     def correlations(self) -> pd.DataFrame:
@@ -156,12 +142,9 @@ class Change:
         import pandas as pd
 
         points = self.points()
-        rows = [
-            {"predictor": name, **correlation(points[name], points["accuracy_change"], groups=points["task"])}
-            for name in PREDICTORS
-            if points[name].notna().any()
-        ]
-        return pd.DataFrame(rows)
+        told = [name for name in PREDICTORS if points[name].notna().any()]
+        found = [correlation(points[name], points["accuracy_change"], groups=points["task"]) for name in told]
+        return pd.DataFrame([{"predictor": name, **row} for name, row in zip(told, found)])
 
     def points(self) -> pd.DataFrame:
         """What `correlations` is over: `to_dataframe` after the base, with changes from the base."""
@@ -199,10 +182,9 @@ class Change:
         before, after = (frame[frame["checkpoint"] == s.label]["accuracy"].mean() for s in (self.base, last))
         cosine = self.similarity().loc[last.label].mean()
         skipped = f", {len(self.skipped)} left out" if self.skipped else ""
-        return (
-            f"Change({len(self.task_names)} tasks, base and {len(self.snapshots) - 1} checkpoint(s){skipped}; at {last.label}: "
-            f"accuracy {before:.1%} → {after:.1%}, mean cosine of the vectors {cosine:.3f})"
-        )
+        amounts = f"{len(self.task_names)} tasks, base and {len(self.snapshots) - 1} checkpoint(s){skipped}"
+        falls = f"accuracy {before:.1%} → {after:.1%}, mean cosine of the vectors {cosine:.3f}"
+        return f"Change({amounts}; at {last.label}: {falls})"
 
     def _repr_html_(self) -> str:
         return table_html(self.to_dataframe().round(3), title=repr(self), index=False)

@@ -70,8 +70,7 @@ class AnswerProbabilities:
         rows = []
         for task in self.task_names:
             for kind in KINDS:
-                chance = getattr(self, kind)[task].exp().numpy()
-                asked = self._asked(task)
+                chance, asked = getattr(self, kind)[task].exp().numpy(), self._asked(task)
                 low, high = bootstrap_mean([chance], [asked])
                 row = {"task": task, "kind": kind, "probability": float(chance.mean()), "low": low, "high": high}
                 rows.append({**row, "log_probability": self.per_token(kind, task).mean().item(), "n": len(set(asked))})
@@ -79,10 +78,9 @@ class AnswerProbabilities:
 
     def save(self, path: str | Path) -> Path:
         """Save to one `.safetensors` file."""
-        tensors = {
-            f"{kind}/{task}": getattr(self, kind)[task] for kind in (*KINDS, "tokens") for task in self.task_names
-        }
-        about = {"kind": FILE_KIND, "tasks": self.task_names, "metadata": self.metadata}
+        kinds, tasks = (*KINDS, "tokens"), self.task_names
+        tensors = {f"{kind}/{task}": getattr(self, kind)[task] for kind in kinds for task in tasks}
+        about = {"kind": FILE_KIND, "tasks": tasks, "metadata": self.metadata}
         return write_tensors(path, tensors, about)
 
     @classmethod
@@ -150,10 +148,9 @@ def _plain(prompt: Prompt) -> Prompt:
     """The question asked plainly, answered by its content."""
     query = prompt.query
     if not query.question or not query.content:
-        raise ValueError(
-            f"task {prompt.task!r} has no content answer to {query.input!r}: knowledge probability needs records with "
-            "'question' (asked plainly) and 'content' (the answer's text), beside 'input' and 'output'"
-        )
+        needed = "'question' (asked plainly) and 'content' (the answer's text), beside 'input' and 'output'"
+        there = f"task {prompt.task!r} has no content answer to {query.input!r}"
+        raise ValueError(f"{there}: knowledge probability needs records with {needed}")
     return Prompt(Example(query.question, query.content), style=prompt.style, task=prompt.task)
 
 

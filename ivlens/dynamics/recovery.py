@@ -18,14 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Recovery"]
 
 BEFORE, BEFORE_STEERED, AFTER = "before", "before + vector", "after"
-OLD, RANDOM, OTHER, HEADS, MINUS, STATE = (
-    "old vector",
-    "random vector",
-    "other task",
-    "old vector, by heads",
-    "old − new vector",
-    "original state",
-)
+OLD, HEADS, MINUS, STATE = "old vector", "old vector, by heads", "old − new vector", "original state"
+RANDOM, OTHER = "random vector", "other task"
 _ENDS = (BEFORE, BEFORE_STEERED, AFTER)
 
 
@@ -68,22 +62,13 @@ class Recovery:
         lost, rows = set(self.lost()), []
         for (checkpoint, task), part in self.scores.groupby(["checkpoint", "task"], sort=False):
             means = part.groupby("condition")["hit"].mean()
+            loss = means[BEFORE] - means[AFTER]
             for condition, rows_of in part.groupby("condition", sort=False):
-                hits, asked = rows_of["hit"], rows_of["query"]
-                low, high = wilson(hits.tolist(), asked.tolist())
-                row = {"checkpoint": checkpoint, "task": task, "condition": condition, "accuracy": hits.mean()}
-                loss = means[BEFORE] - means[AFTER]
+                low, high = wilson(rows_of["hit"].tolist(), rows_of["query"].tolist())
                 share = (means[condition] - means[AFTER]) / loss if loss > 0 and condition not in _ENDS else None
-                rows.append(
-                    {
-                        **row,
-                        "low": low,
-                        "high": high,
-                        "n": asked.nunique(),
-                        "share": share,
-                        "lost": (checkpoint, task) in lost,
-                    }
-                )
+                row = {"checkpoint": checkpoint, "task": task, "condition": condition, "accuracy": means[condition]}
+                row |= {"low": low, "high": high, "n": rows_of["query"].nunique(), "share": share}
+                rows.append({**row, "lost": (checkpoint, task) in lost})
         return pd.DataFrame(rows)
 
     def shares(self, *, seed: int = 0) -> pd.DataFrame:
@@ -92,10 +77,8 @@ class Recovery:
         checkpoints share; tasks and checkpoints are taken as they are."""
         import pandas as pd
 
-        lost = set(self.lost())
-        pairs = self._hits()
+        lost, pairs, rows = set(self.lost()), self._hits(), []
         pairs = pairs[[key[:2] in lost for key in pairs.index]]
-        rows = []
         for condition in self.conditions if len(pairs) else ():
             if condition not in _ENDS:
                 share, (before, after, restored), amounts = _share(pairs[[BEFORE, AFTER, condition]].dropna(), seed)

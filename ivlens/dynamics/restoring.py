@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.keys import key
@@ -20,7 +21,7 @@ from ivlens.running.positions import Injection
 from ivlens.running.reading import read_prompts
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.steering.controls import random_vector
-from ivlens.tasks.prompts import build_prompts
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task, same_input
 from ivlens.vectors.vector import InstructionVector
@@ -29,6 +30,7 @@ __all__ = ["recover"]
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 Choice = tuple[int | None, float, Edit]  # layer (None where each head's share has its own), scale, and what is done
+Rows = Mapping[str, Sequence[TokenizedPrompt]]  # prompts of the validation and the test split
 Found = dict[str, Any]  # what one model gave for one task: hits per condition, choices, and the base model's states
 
 
@@ -88,9 +90,9 @@ def recover(
         for vector in vectors.values():
             vector.check_model(hooked)
         layers = [backend.check_layer(x) for x in (range(1, backend.n_layers, 3) if layers is None else layers)]
-        prompts = {task.name: _prompts(backend, task, n_valid, n_prompts, look) for task in suite.values()}
-    again = {task.name: build_prompts(task, n=n_prompts, split="test", repeat=True, **look) for task in suite.values()}
-    asked = {name: [same_input(prompt.query) for prompt in each] for name, each in again.items()}
+        built = {name: _prompts(task, n_valid, n_prompts, look) for name, task in suite.items()}
+        prompts = {name: {k: tokenize(backend, each) for k, each in parts.items()} for name, parts in built.items()}
+    asked = {name: [same_input(prompt.query) for prompt in parts["test"]] for name, parts in built.items()}
     tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
     rows: list[dict[str, Any]] = []
     choices: list[dict[str, Any]] = []
@@ -99,16 +101,13 @@ def recover(
     with tqdm(total=len(opened) * len(suite), desc="recovering", disable=not progress) as bar:
         for task in suite:
             bar.set_postfix_str(task)
-            before = store.get(opened[0], task, lambda task=task: _before(opened[0], prompts[task], tries, task))
+            before = store.get(opened[0], task, _before, prompts[task], tries)
             bar.update()
             for checkpoint in opened[1:]:
-                found = store.get(
-                    checkpoint,
-                    task,
-                    lambda c=checkpoint, task=task, states=before: _after(c, prompts[task], tries, task, states),
-                )
-                for source, label in ((before, checkpoint.label), (found, checkpoint.label)):
-                    _tell(source, label, task, asked[task], rows, choices)
+                found = store.get(checkpoint, task, _after, prompts[task], tries, before.get("states"))
+                for source in (before, found):
+                    rows += _told_hits(source, checkpoint.label, task, asked[task])
+                    choices += _told_choices(source, checkpoint.label, task)
                 bar.update()
     metadata = {"model": backend.name, "skipped": skipped, "layers": list(layers), "scales": list(scales), **look}
     result = Recovery(pd.DataFrame(rows), pd.DataFrame(choices), metadata)
@@ -117,10 +116,10 @@ def recover(
     return result
 
 
-def _prompts(backend: Backend, task: Task, n_valid: int, n_test: int | None, look: dict[str, Any]) -> dict[str, Any]:
-    """Tokenized prompts of the validation and test splits."""
+def _prompts(task: Task, n_valid: int, n_test: int | None, look: dict[str, Any]) -> dict[str, list[Prompt]]:
+    """Of the validation and test splits."""
     sizes = {"valid": min(n_valid, len(task.valid)), "test": n_test}
-    return {split: tokenize(backend, build_prompts(task, n=n, split=split, **look)) for split, n in sizes.items()}
+    return {split: build_prompts(task, n=n, split=split, **look) for split, n in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -140,11 +139,8 @@ class _Tries:
         old = self.vectors[task]
         found = {OLD: self._everywhere(old)}
         new = self.subtract.get(label) if isinstance(self.subtract, Mapping) else self.subtract
-        if new is not None:
-            found[MINUS] = self._everywhere(old - new)
-        for name, vectors in self.alternatives.items():
-            if task in vectors:
-                found[name] = self._everywhere(vectors[task])
+        found |= {} if new is None else {MINUS: self._everywhere(old - new)}
+        found |= {name: self._everywhere(more[task]) for name, more in self.alternatives.items() if task in more}
         if old.shares is not None:
             by_heads = [Injection.of(backend, old, scale=scale, mode="heads").additions for scale in self.scales]
             found[HEADS] = [(None, scale, Edit(values)) for scale, values in zip(self.scales, by_heads)]
@@ -162,17 +158,14 @@ class _Tries:
         return [(layer, s, Edit({layer: s * vector.vector})) for layer in self.layers for s in self.scales]
 
 
-def _before(base: Checkpoint, prompts: dict[str, list[TokenizedPrompt]], tries: _Tries, task: str) -> Found:
+def _before(backend: Backend, label: str, task: str, prompts: Rows, tries: _Tries) -> Found:
     """The base model: plain, with the vector where it works best, and its residual streams."""
-    with base.use() as model:
-        backend = backend_of(model)
-        options = {OLD: tries.of(backend, task, base.label)[OLD]}
-        chosen, plain = _choose(backend, prompts["valid"], options)
-        values, baseline = edit_effects(backend, prompts["test"], [chosen[OLD][2]], metric="accuracy")
-        states = {}
-        for split, rows in prompts.items():
-            bare = [TokenizedPrompt(row.prompt) for row in rows]
-            states[split] = read_prompts(backend, bare, resid=True).resid[:, list(tries.layers)]
+    chosen, plain = _choose(backend, prompts["valid"], {OLD: tries.of(backend, task, label)[OLD]})
+    values, baseline = edit_effects(backend, prompts["test"], [chosen[OLD][2]], metric="accuracy")
+    states = {}
+    for split, rows in prompts.items():
+        bare = [TokenizedPrompt(row.prompt) for row in rows]
+        states[split] = read_prompts(backend, bare, resid=True).resid[:, list(tries.layers)]
     layer, scale, _, accuracy = chosen[OLD]
     hits = {BEFORE: baseline, BEFORE_STEERED: values[:, 0]}
     choices = {BEFORE: (None, None, plain), BEFORE_STEERED: (layer, scale, accuracy)}
@@ -180,25 +173,19 @@ def _before(base: Checkpoint, prompts: dict[str, list[TokenizedPrompt]], tries: 
 
 
 def _after(
-    checkpoint: Checkpoint, prompts: dict[str, list[TokenizedPrompt]], tries: _Tries, task: str, before: Found
+    backend: Backend, label: str, task: str, prompts: Rows, tries: _Tries, states: Mapping[str, Tensor]
 ) -> Found:
     """A fine-tuned model: plain, with everything that is put back where it works best, and the controls."""
-    with checkpoint.use() as model:
-        backend = backend_of(model)
-        states = before["states"]
-        restore = {
-            split: [
-                (layer, 1.0, Edit({layer: states[split][:, i]}, replace=True)) for i, layer in enumerate(tries.layers)
-            ]
-            for split in states
-        }
-        options = {**tries.of(backend, task, checkpoint.label), STATE: restore["valid"]}
-        chosen, plain = _choose(backend, prompts["valid"], options)
-        layer, scale, _, _ = chosen[OLD]
-        edits = {name: chosen[name][2] for name in options if name != STATE}
-        edits |= tries.controls(task, layer, scale)
-        edits[STATE] = restore["test"][list(tries.layers).index(chosen[STATE][0])][2]
-        values, baseline = edit_effects(backend, prompts["test"], list(edits.values()), metric="accuracy")
+    at = list(enumerate(tries.layers))
+    restored = {k: {layer: Edit({layer: x[:, i]}, replace=True) for i, layer in at} for k, x in states.items()}
+    options = tries.of(backend, task, label)
+    options[STATE] = [(layer, 1.0, edit) for layer, edit in restored["valid"].items()]
+    chosen, plain = _choose(backend, prompts["valid"], options)
+    layer, scale, _, _ = chosen[OLD]
+    edits = {name: chosen[name][2] for name in options if name != STATE}
+    edits |= tries.controls(task, layer, scale)
+    edits[STATE] = restored["test"][chosen[STATE][0]]
+    values, baseline = edit_effects(backend, prompts["test"], list(edits.values()), metric="accuracy")
     hits = {AFTER: baseline, **{name: values[:, i] for i, name in enumerate(edits)}}
     choices = {AFTER: (None, None, plain), **{name: (c[0], c[1], c[3]) for name, c in chosen.items()}}
     return {"hits": hits, "choices": choices}
@@ -220,22 +207,19 @@ def _choose(
     return chosen, baseline.mean().item()
 
 
-def _tell(
-    found: Found,
-    label: str,
-    task: str,
-    asked: Sequence[str],
-    rows: list[dict[str, Any]],
-    choices: list[dict[str, Any]],
-) -> None:
-    for condition, hits in found["hits"].items():
-        rows += [
-            {"checkpoint": label, "task": task, "condition": condition, "prompt": i, "query": query, "hit": hit}
-            for i, (query, hit) in enumerate(zip(asked, hits.tolist()))
-        ]
-    for condition, (layer, scale, accuracy) in found["choices"].items():
-        row = {"checkpoint": label, "task": task, "condition": condition, "layer": layer, "scale": scale}
-        choices.append({**row, "accuracy": accuracy})
+def _told_hits(found: Found, label: str, task: str, asked: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"checkpoint": label, "task": task, "condition": condition, "prompt": i, "query": query, "hit": hit}
+        for condition, hits in found["hits"].items()
+        for i, (query, hit) in enumerate(zip(asked, hits.tolist()))
+    ]
+
+
+def _told_choices(found: Found, label: str, task: str) -> list[dict[str, Any]]:
+    return [
+        {"checkpoint": label, "task": task, "condition": name, "layer": layer, "scale": scale, "accuracy": accuracy}
+        for name, (layer, scale, accuracy) in found["choices"].items()
+    ]
 
 
 class _Store:
@@ -245,20 +229,21 @@ class _Store:
         self.folder = None if folder is None else Path(folder) / "partial"
         self.settings = settings
 
-    def get(self, checkpoint: Checkpoint, task: str, make: Callable[[], Found]) -> Found:
+    def get(self, checkpoint: Checkpoint, task: str, make: Callable[..., Found], *given: Any) -> Found:
         """What was kept for a checkpoint and task, or else what `make` finds, kept from now on."""
-        if self.folder is None:
-            return make()
         with checkpoint.use() as model:
+            if self.folder is None:
+                return make(backend_of(model), checkpoint.label, task, *given)
             path = self.folder / f"{key(self.settings, checkpoint.label, model, task)}.safetensors"
-        if path.exists():
-            tensors, about = read_tensors(path)
-            groups: Found = {"hits": {}, "states": {}, "choices": about["choices"]}
-            for name in about["order"]:  # that of the conditions; the file sorts them
-                group, condition = name.split("/", 1)
-                groups[group][condition] = tensors[name]
-            return groups
-        found = make()
+            if not path.exists():
+                self._keep(path, make(backend_of(model), checkpoint.label, task, *given))
+        tensors, about = read_tensors(path)
+        groups: Found = {"hits": {}, "states": {}, "choices": about["choices"]}
+        for name in about["order"]:  # that of the conditions; the file sorts them
+            group, condition = name.split("/", 1)
+            groups[group][condition] = tensors[name]
+        return groups
+
+    def _keep(self, path: Path, found: Found) -> None:
         tensors = {f"{g}/{k}": t for g in ("hits", "states") for k, t in found.get(g, {}).items()}
         write_tensors(path, tensors, {"choices": found["choices"], "order": list(tensors)})
-        return found

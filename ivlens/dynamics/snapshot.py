@@ -79,18 +79,11 @@ class Snapshot:
             tensors[f"{task}/shares"] = vector.shares
             for name in ("hidden", "accuracy", "log_probability"):
                 tensors[f"{task}/{name}"] = getattr(self, name)[task]
-        about: dict[str, Any] = {
-            "kind": KIND,
-            "label": self.label,
-            "step": self.step,
-            "distance": self.distance,
-            "tasks": self.task_names,
-            "heads": [list(h) for h in next(iter(self.vectors.values())).heads],
-            "vectors": {task: vector.metadata for task, vector in self.vectors.items()},
-        }
-        if self.effects is not None:
-            tensors |= {"effects/values": self.effects.values, "effects/baseline": self.effects.baseline}
-            e = self.effects
+        about: dict[str, Any] = {"kind": KIND, "label": self.label, "step": self.step, "distance": self.distance}
+        about |= {"tasks": self.task_names, "vectors": {task: v.metadata for task, v in self.vectors.items()}}
+        about["heads"] = [list(h) for h in next(iter(self.vectors.values())).heads]
+        if (e := self.effects) is not None:
+            tensors |= {"effects/values": e.values, "effects/baseline": e.baseline}
             about["effects"] = [list(e.tasks), e.metric, e.metadata, list(e.queries)]
         return write_tensors(path, tensors, about)
 
@@ -99,10 +92,8 @@ class Snapshot:
         """Load what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
         heads = tuple(Head(*h) for h in about["heads"])
-        parts: dict[str, Any] = {
-            name: {task: tensors[f"{task}/{name}"] for task in about["tasks"]}
-            for name in ("hidden", "accuracy", "log_probability")
-        }
+        measured = ("hidden", "accuracy", "log_probability")
+        parts: dict[str, Any] = {name: {t: tensors[f"{t}/{name}"] for t in about["tasks"]} for name in measured}
         vectors = {}
         for task in about["tasks"]:
             shares = tensors[f"{task}/shares"]

@@ -102,30 +102,21 @@ def track(
         for checkpoint in opened:
             bar.set_postfix_str(checkpoint.label)
             with checkpoint.use() as hooked:
-                distance = checkpoint.distance(hooked)
                 path = None
                 if folder is not None:
                     swept = [n_effects, look, list(suite.values())] if n_effects else []
                     found = key(base, hooked, checkpoint.label, checkpoint.step, prompts, heads, swept)
                     path = Path(folder) / "partial" / f"{found}.safetensors"
-                if path is not None and path.exists():
-                    snapshots.append(Snapshot.load(path))
-                    bar.update(total // len(opened))
-                    continue
+                    if path.exists():
+                        snapshots.append(Snapshot.load(path))
+                        bar.update(total // len(opened))
+                        continue
                 effects = _effects(hooked, suite, n_effects, look) if n_effects else None
-                snapshot = take_snapshot(
-                    hooked,
-                    prompts,
-                    heads,
-                    label=checkpoint.label,
-                    step=checkpoint.step,
-                    base=snapshots[0] if snapshots else None,
-                    distance=distance,
-                    effects=effects,
-                    batch_size=batch_size,
-                    bar=bar,
-                )
-                snapshots.append(snapshot if path is None else (snapshot.save(path), snapshot)[1])
+                about = {"label": checkpoint.label, "step": checkpoint.step, "distance": checkpoint.distance(hooked)}
+                about |= {"base": snapshots[0] if snapshots else None, "effects": effects}
+                snapshots.append(take_snapshot(hooked, prompts, heads, batch_size=batch_size, bar=bar, **about))
+                if path is not None:
+                    snapshots[-1].save(path)
     about = {"model": backend.name, "split": split, "n_mean": n_mean, **look, "queries": queries}
     change = Change(tuple(snapshots), skipped, about)
     if folder is not None:
