@@ -19,7 +19,6 @@ from ivlens.training.losses import answer_positions, last_prompt_positions
 
 __all__ = ["Batch", "Collator", "count_positions", "kept_positions"]
 
-
 COLUMNS = ("input_ids", "attention_mask", "labels", "example")
 
 
@@ -34,9 +33,8 @@ class Collator(DataCollatorForSeq2Seq):
         self.tasks, self.positioned = list(tasks), positioned
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> Any:
-        batch = super().__call__(
-            [{name: row[name] for name in COLUMNS if name in row} for row in features], return_tensors
-        )
+        rows = [{name: row[name] for name in COLUMNS if name in row} for row in features]
+        batch = super().__call__(rows, return_tensors)
         if "example" in batch:  # of the training data; others are only scored
             batch["task"] = torch.tensor([self.tasks.index(row["task"]) for row in features])
         if self.positioned:

@@ -27,6 +27,11 @@ class Branch:
     columns: Int[Tensor, "row pos"]
     first: int = 0
 
+    def places(self, wanted: Bool[Tensor, "row pos"]) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the positions wanted."""
+        rows, positions = wanted.nonzero(as_tuple=True)
+        return rows + self.first, self.columns[rows, positions]
+
 
 @dataclass(frozen=True)
 class Fed:
@@ -51,21 +56,20 @@ class Fed:
         sparse
             The model can be asked for the logits of some columns only (`logits_to_keep`).
         """
-        wanted = [(branch, *where.nonzero(as_tuple=True)) for branch, where in self._both(steered, plain)]
-        needed = [branch.columns[rows, positions] for branch, rows, positions in wanted]
-        columns = torch.cat(needed).unique() if sparse else None
-        outputs = model(**self.inputs) if columns is None else model(**self.inputs, logits_to_keep=columns)
+        both = ((self.steered, steered), (self.plain, plain))
+        wanted = [None if where is None else branch.places(where) for branch, where in both]
+        needed = torch.cat([places[1] for places in wanted if places is not None]).unique() if sparse else None
+        outputs = model(**self.inputs) if needed is None else model(**self.inputs, logits_to_keep=needed)
         flat, width = outputs.logits.flatten(0, 1), outputs.logits.shape[1]
-        found = iter(
-            flat.index_select(
-                0, (rows + branch.first) * width + (at if columns is None else torch.searchsorted(columns, at))
-            )
-            for (branch, rows, _), at in zip(wanted, needed)
-        )
-        return outputs, *(None if where is None else next(found) for where in (steered, plain))
 
-    def _both(self, *wheres: Tensor | None) -> list[tuple[Branch, Tensor]]:
-        return [(branch, where) for branch, where in zip((self.steered, self.plain), wheres) if where is not None]
+        def logits(places: tuple[Tensor, Tensor] | None) -> Tensor | None:
+            if places is None:
+                return None
+            rows, columns = places
+            at = columns if needed is None else torch.searchsorted(needed, columns)
+            return flat.index_select(0, rows * width + at)
+
+        return outputs, *map(logits, wanted)
 
 
 def single(inputs: dict[str, Tensor]) -> Fed:
@@ -90,7 +94,6 @@ def packed(inputs: dict[str, Tensor], last: Int[Tensor, " row"], dtype: torch.dt
     source = (last[:, None] + steps).clamp(max=width - 1)
     copied = real.gather(1, source) & (last[:, None] + steps < width)
     fed = {key: torch.cat([x, x.gather(1, source)], dim=1) for key, x in inputs.items() if key != "attention_mask"}
-
     fed["attention_mask"] = additive_mask(branch_mask(real, before, copied), dtype)
     plain = torch.where(columns < last[:, None], columns, width + columns - last[:, None])
     return Fed(fed, Branch(columns), Branch(plain))
@@ -99,9 +102,8 @@ def packed(inputs: dict[str, Tensor], last: Int[Tensor, " row"], dtype: torch.dt
 def packing_fits(config: Any, inputs: dict[str, Tensor], longest: int) -> bool:
     """Whether a packed pass may be tried: the mask is ours, so a window that the model would put on it must not matter."""
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return set(inputs) == {"input_ids", "attention_mask", "position_ids"} and all(
-        window is None or longest <= window for window in windows
-    )
+    plain = set(inputs) == {"input_ids", "attention_mask", "position_ids"}
+    return plain and all(window is None or longest <= window for window in windows)
 
 
 def _columns(inputs: dict[str, Tensor]) -> Int[Tensor, "row pos"]:

@@ -54,11 +54,9 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: 
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "task": prompt.task})
     if skipped:
         which = sorted(set(skipped))
-        warnings.warn(
-            f"{len(skipped)} of {len(prompts)} rows are longer than the context and left out, of {len(which)} example(s): {which[0]}"
-            + (", …" if len(which) > 1 else ""),
-            stacklevel=3,
-        )
+        amounts = f"{len(skipped)} of {len(prompts)} rows are longer than the context and left out"
+        more = ", …" if len(which) > 1 else ""
+        warnings.warn(f"{amounts}, of {len(which)} example(s): {which[0]}{more}", stacklevel=3)
     if not rows:
         raise ValueError("every row is longer than the context; use fewer shots or shorter inputs")
     return datasets.Dataset.from_list(rows)

@@ -106,31 +106,14 @@ def fine_tune(
     before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
     check_in_memory(hf_model, label, "trained")
-    look: dict[str, Any] = {
-        "shots": shots,
-        "instruction": instruction,
-        "style": style,
-        "template": template,
-        "seed": seed,
-    }
+    look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
     n = rows_needed(steps, batch_size, arguments)
     dataset = training_rows(tokenizing_backend(hf_model, tokenizer, label), suite, n, look, on_too_long)
-    settings = {
-        "base": hf_model,
-        "data": {name: list(dataset[name]) for name in dataset.column_names},
-        "method": chosen,
-        "weights": lora,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        **look,
-        "save_every": save_every,
-        "on_too_long": on_too_long,
-        "dtype": hf_model.dtype,
-        "vectors": vectors,
-        "previous": None if before is None else [files_key(before / name) for name in (FINAL, "memory")],
-        **arguments,
-    }
+    rows = {name: list(dataset[name]) for name in dataset.column_names}
+    settings = {"base": hf_model, "data": rows, "method": chosen, "weights": lora, "vectors": vectors, **look}
+    settings |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "dtype": hf_model.dtype}
+    settings |= {"save_every": save_every, "on_too_long": on_too_long}
+    settings["previous"] = None if before is None else [files_key(before / name) for name in (FINAL, "memory")]
     fingerprint = weights_fingerprint(hf_model)
     shown = {
         "base": label,
@@ -143,14 +126,10 @@ def fine_tune(
         "vectors": None if vectors is None else sorted(vectors),
         "previous": None if before is None else str(before),
     }
-    if settled(folder, recorded(settings, shown)):
+    if settled(folder, recorded({**settings, **arguments}, shown)):
         return TrainingRun.load(folder)
-    arguments = {
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate,
-        **arguments,
-    }
+    given = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
+    arguments = {**_defaults(save_every, seed, progress, steps), **given, **arguments}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     record = {} if lora is False else {"label": label, "fingerprint": fingerprint}
@@ -158,7 +137,7 @@ def fine_tune(
         if lora is not False:
             hf_model = _with_lora(hf_model, lora, before, chosen.fresh, record)
         stage = Stage(hf_model, tokenizer, dataset, vectors, before, folder, seed)
-        trainer = _trainer(chosen, stage, {**_defaults(save_every, seed, progress, steps), **arguments}, record, before)
+        trainer = _trainer(chosen, stage, arguments, record, before)
         resumed = usable_checkpoint(folder)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -188,27 +167,23 @@ def training_rows(
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
     """The folder of the run before, which must be finished, of the same adapter, and have left what the method needs."""
     if lora is False and (previous is not None or method.fresh):
-        raise ValueError(
-            f"lora=False goes neither with previous nor with {type(method).__name__}, which work on adapters; to go on training "
-            "every weight, pass the run's `final` folder as the model"
-        )
+        neither = f"lora=False goes neither with previous nor with {type(method).__name__}, which work on adapters"
+        raise ValueError(f"{neither}; to go on training every weight, pass the run's `final` folder as the model")
     if previous is None:
         return None
     run = previous if isinstance(previous, TrainingRun) else TrainingRun.load(previous)
     if run.settings["weights"] == "every weight":
-        raise ValueError(
-            f"{run.folder} trained every weight and has no adapter to go on with; pass {run.final} as the model"
-        )
+        there = f"{run.folder} trained every weight and has no adapter to go on with"
+        raise ValueError(f"{there}; pass {run.final} as the model")
     if method.keeps and run.settings["method"].split("(")[0] != type(method).__name__:
-        raise ValueError(
-            f"{run.folder} kept nothing for {type(method).__name__} ({run.settings['method']} trained it); "
-            "train the stages before with the same method"
-        )
+        there = f"{run.folder} kept nothing for {type(method).__name__} ({run.settings['method']} trained it)"
+        raise ValueError(f"{there}; train the stages before with the same method")
     if not (method.fresh or lora is True or describe_config(lora) == run.settings["weights"]):
-        raise ValueError(
-            f"{run.folder} has an adapter of other settings ({run.settings['weights']}), which goes on being trained; leave lora "
-            "out, or take a method with an adapter of its own for every stage, such as fresh_lora"
+        there = (
+            f"{run.folder} has an adapter of other settings ({run.settings['weights']}), which goes on being trained"
         )
+        own = "take a method with an adapter of its own for every stage, such as fresh_lora"
+        raise ValueError(f"{there}; leave lora out, or {own}")
     return run.folder
 
 
@@ -220,10 +195,9 @@ def _with_lora(
 
     if before is not None and not fresh:
         return add_adapter(hf_model, before / FINAL, trainable=True, **record)
-    config = (
-        LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM") if lora is True else copy.deepcopy(lora)
-    )
-    model = get_peft_model(hf_model, config)  # query and value projections are peft's default where there are such
+    plain = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="CAUSAL_LM")
+    # Query and value projections are peft's default where there are such.
+    model = get_peft_model(hf_model, plain if lora is True else copy.deepcopy(lora))
     model.peft_config["default"].base_model_name_or_path = record["label"]
     if before is not None:
         add_adapter(model, before / FINAL, name="previous", **record)
@@ -270,12 +244,8 @@ def _trainer(
                 record_base(saved, **record)
             (saved / SAVED).touch()
 
-    common: dict[str, Any] = {
-        "args": TrainingArguments(output_dir=str(stage.folder), **arguments),
-        "processing_class": stage.tokenizer,
-        "callbacks": [Record()],
-    }
-    trainer = method.trainer(stage, method.data(stage), **common)
+    common = {"args": TrainingArguments(output_dir=str(stage.folder), **arguments), "callbacks": [Record()]}
+    trainer = method.trainer(stage, method.data(stage), processing_class=stage.tokenizer, **common)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments["disable_tqdm"]:

@@ -85,9 +85,8 @@ class Guidance:
         _check("schedule", self.schedule, SCHEDULES)
         _check("site", self.site, SITES)
         if not 0 < self.until <= 1:
-            raise ValueError(
-                f"until={self.until} is outside (0, 1]: the fraction of the steps after which nothing is injected"
-            )
+            meant = "the fraction of the steps after which nothing is injected"
+            raise ValueError(f"until={self.until} is outside (0, 1]: {meant}")
         if self.heads_weight < 0:
             raise ValueError(f"heads_weight={self.heads_weight} is negative; use 0 or more")
 
@@ -109,34 +108,21 @@ class Guidance:
         return 1.0 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
-PRESETS = {
-    "paper": Guidance(),
-    "fvg-code": Guidance(
-        progressive=False,
-        kl=(
-            KL("last", 20.0, "student_teacher", temperature=2.0, least=0.1),
-            KL("all", 0.1, "student_teacher", temperature=2.0, least=0.1),
-        ),
-        heads_weight=1.0,
-        heads_least=0.01,
-        site="attention",
-    ),
-}
+_FVG_KL = {"direction": "student_teacher", "temperature": 2.0, "least": 0.1}
+_FVG = {"kl": (KL("last", 20.0, **_FVG_KL), KL("all", 0.1, **_FVG_KL)), "heads_weight": 1.0, "heads_least": 0.01}
+PRESETS = {"paper": Guidance(), "fvg-code": Guidance(progressive=False, site="attention", **_FVG)}
 
 
 def checked_guidance(guidance: str | Guidance, vectors: Any, keep: int | str | None) -> Guidance:
     """The guidance meant, by a preset's name or itself, which must go with the other arguments."""
     if isinstance(guidance, str):
         if guidance not in PRESETS:
-            raise ValueError(
-                f"guidance={guidance!r} is unknown; choose one of {', '.join(PRESETS)}, or pass a Guidance"
-            )
+            known = ", ".join(PRESETS)
+            raise ValueError(f"guidance={guidance!r} is unknown; choose one of {known}, or pass a Guidance")
         guidance = PRESETS[guidance]
     if vectors is None and (guidance.progressive or guidance.heads_weight):
-        raise ValueError(
-            "vectors=None leaves nothing to inject and no heads to compare; pass the vectors, or "
-            "Guidance(progressive=False, heads_weight=0)"
-        )
+        nothing = "vectors=None leaves nothing to inject and no heads to compare"
+        raise ValueError(f"{nothing}; pass the vectors, or Guidance(progressive=False, heads_weight=0)")
     whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
     if not (keep is None or keep == "full" or whole):
         raise ValueError(f"keep_teacher={keep!r} must be a number of tokens above 0, 'full', or None to keep nothing")

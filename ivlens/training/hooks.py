@@ -53,9 +53,8 @@ class TrainingHooks:
         """Put hooks on the layers where something is added and on those of the heads."""
         inner = text_part(hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model)
         backend = tokenizing_backend(inner, tokenizer, "model")
-        blocks = backend.model.adapter.component_mapping[
-            "blocks"
-        ]  # transformer-lens knows where an architecture has what
+        # Transformer-lens knows where an architecture has what.
+        blocks = backend.model.adapter.component_mapping["blocks"]
         attention = blocks.submodules["attn"]
         output = f"{attention.name}.{attention.submodules['o'].name}"
         modules = inner.get_submodule(blocks.name)
@@ -121,8 +120,8 @@ class TaskInjection:
             If a task has no vector, or a vector or layer doesn't fit the model.
         """
         width, depth = config.hidden_size, config.num_hidden_layers
-        if guidance.layer is not None and not -depth <= guidance.layer < depth:
-            raise ValueError(f"layer={guidance.layer} is out of range: the model has layers 0 to {depth - 1}")
+        if guidance.layer is not None:
+            _within(guidance.layer, depth)
         if vectors is None:
             return cls(torch.empty(0, dtype=torch.long), torch.empty(0, width))
         if missing := [task for task in tasks if task not in vectors]:
@@ -130,10 +129,8 @@ class TaskInjection:
         chosen = [vectors[task] for task in tasks]
         for task, vector in zip(tasks, chosen):
             if vector.d_model != width:
-                raise ValueError(
-                    f"the vector of task {task!r} has width {vector.d_model}, but the model has {width}; "
-                    "extract a vector from this model with ivl.extract_vector"
-                )
+                widths = f"the vector of task {task!r} has width {vector.d_model}, but the model has {width}"
+                raise ValueError(f"{widths}; extract a vector from this model with ivl.extract_vector")
         scales = [vector.scale if guidance.scale is None else guidance.scale for vector in chosen]
         thetas = torch.stack([scale * vector.vector.float() for scale, vector in zip(scales, chosen)])
         return cls(torch.tensor([_layer(guidance, vector, depth) for vector in chosen]), thetas)
@@ -155,6 +152,10 @@ def _layer(guidance: Guidance, vector: InstructionVector, depth: int) -> int:
     layer = vector.layer if guidance.layer is None else guidance.layer
     if layer is None or (guidance.site == "attention" and guidance.layer is None):
         layer = depth // 3 if guidance.site == "residual" else depth * 9 // 32
+    return _within(layer, depth)
+
+
+def _within(layer: int, depth: int) -> int:
     if not -depth <= layer < depth:
         raise ValueError(f"layer={layer} is out of range: the model has layers 0 to {depth - 1}")
     return layer % depth

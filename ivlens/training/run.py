@@ -64,7 +64,7 @@ class TrainingRun:
         folder = Path(folder)
         if not (folder / LOG).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no finished training run; call fine_tune with this folder to go on"
+                f"{folder} holds no finished training run; to go on, call fine_tune with this folder"
             )
         settings, done = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, LOG))
         settings.pop("keys", None)
@@ -85,11 +85,12 @@ class TrainingRun:
     def __repr__(self) -> str:
         s = self.settings
         losses = [f"{self.log[i]['loss']:.3f}" for i in (0, -1)] if self.log else ["?", "?"]
-        kept, weights = len(self.checkpoints), "" if s["weights"] == "LoRA" else f" on {s['weights']}"
-        return (
-            f"TrainingRun({', '.join(s['tasks'])} on {s['base']}, {s['method']}{weights}, {s['steps']} steps of "
-            f"{s['batch_size']}, loss {losses[0]} → {losses[1]}, {kept} checkpoint{'s' if kept > 1 else ''} in {self.folder})"
+        weights = "" if s["weights"] == "LoRA" else f" on {s['weights']}"
+        what = (
+            f"{', '.join(s['tasks'])} on {s['base']}, {s['method']}{weights}, {s['steps']} steps of {s['batch_size']}"
         )
+        kept = f"{len(self.checkpoints)} checkpoint{'s' if len(self.checkpoints) > 1 else ''} in {self.folder}"
+        return f"TrainingRun({what}, loss {losses[0]} → {losses[1]}, {kept})"
 
 
 def settled(folder: Path, record: dict[str, Any]) -> bool:

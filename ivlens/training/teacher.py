@@ -16,15 +16,7 @@ from tqdm.auto import tqdm
 
 from ivlens.common.storage import read_tensors, write_tensors
 
-__all__ = [
-    "KeptTeacher",
-    "TopK",
-    "affordable",
-    "as_before",
-    "blank_adapters",
-    "keep_teacher",
-    "kept_divergence",
-]
+__all__ = ["KeptTeacher", "TopK", "affordable", "as_before", "blank_adapters", "keep_teacher", "kept_divergence"]
 
 KIND = "teacher outputs"
 LEAST = 16  # fewer tokens per position than this say too little
@@ -69,8 +61,7 @@ def kept_divergence(
 
 def _rest(log_probabilities: Float[Tensor, "n k"]) -> Float[Tensor, "n 1"]:
     """Log of the probability that is left over, kept above what float32 can tell from nothing."""
-    left = 1 - log_probabilities.exp().sum(-1, keepdim=True)
-    return left.clamp(min=1e-7).log()
+    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()
 
 
 @dataclass(frozen=True)
@@ -91,8 +82,7 @@ class KeptTeacher:
 
     def rows(self, examples: Int[Tensor, " row"], device: torch.device) -> tuple[TopK, Tensor | None]:
         """Those of a batch, in its order."""
-        spans = [torch.arange(self.offsets[i], self.offsets[i + 1]) for i in examples.tolist()]
-        index = torch.cat(spans)
+        index = torch.cat([torch.arange(self.offsets[i], self.offsets[i + 1]) for i in examples.tolist()])
         top = TopK(self.top.values[index].to(device), self.top.indices[index].to(device))
         return top, None if self.z is None else self.z[examples.cpu()].to(device)
 
@@ -112,7 +102,7 @@ def keep_teacher(
     *,
     k: int,
     temperature: float,
-    path: Path | None,
+    path: Path,
     batch_size: int,
     progress: bool,
 ) -> KeptTeacher:
@@ -125,7 +115,7 @@ def keep_teacher(
     path
         Where it is kept; a disk that can't take it costs the file only: the run goes on with what is in memory.
     """
-    if path is not None and path.is_file():
+    if path.is_file():
         return KeptTeacher.load(path)
     values, indices, z, lengths = [], [], [], [0]
     for start in tqdm(range(0, n, batch_size), desc="teacher", disable=not progress):
@@ -139,13 +129,10 @@ def keep_teacher(
             z.append(heads.float().cpu())
     top = TopK(torch.cat(values), torch.cat(indices))
     kept = KeptTeacher(top, torch.tensor(lengths).cumsum(0), torch.cat(z) if z else None)
-    if path is not None:
-        try:
-            kept.save(path)
-        except OSError as error:
-            warnings.warn(
-                f"the teacher's outputs aren't kept on disk ({error}); training goes on without", stacklevel=3
-            )
+    try:
+        kept.save(path)
+    except OSError as error:
+        warnings.warn(f"the teacher's outputs aren't kept on disk ({error}); training goes on without", stacklevel=3)
     return kept
 
 
@@ -154,20 +141,13 @@ def affordable(k: int, positions: int, budget: float) -> int | None:
     fit = int(budget * 1e9) // (8 * positions)  # a float32 and an int32 each
     if fit >= k:
         return k
-    needed = 8e-9 * positions * k
+    needed = f"{k} tokens of the teacher at each of {positions} positions are {8e-9 * positions * k:.1f} GB"
     if fit >= LEAST:
-        warnings.warn(
-            f"{k} tokens of the teacher at each of {positions} positions are {needed:.1f} GB, above "
-            f"teacher_budget={budget}: the {fit} likeliest are kept instead",
-            stacklevel=3,
-        )
-        return fit
-    warnings.warn(
-        f"{k} tokens of the teacher at each of {positions} positions are {needed:.1f} GB, and teacher_budget={budget} "
-        f"is too small for {LEAST}: the teacher runs in every step instead",
-        stacklevel=3,
-    )
-    return None
+        what = f"above teacher_budget={budget}: the {fit} likeliest are kept instead"
+    else:
+        what = f"and teacher_budget={budget} is too small for {LEAST}: the teacher runs in every step instead"
+    warnings.warn(f"{needed}, {what}", stacklevel=3)
+    return fit if fit >= LEAST else None
 
 
 def blank_adapters(model: Any) -> set[str] | None:

@@ -106,10 +106,8 @@ class IVTrainer(Trainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs are visible to one process, which guided training doesn't split over; start it with "
-                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
+            there = f"{self.args.n_gpu} GPUs are visible to one process, which guided training doesn't split over"
+            raise ValueError(f"{there}; start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them")
         with self.prepared():  # before a checkpoint is loaded: the teacher is the model as it was
             return super().train(*args, **options)
 
@@ -265,14 +263,11 @@ class IVTrainer(Trainer):
 
         rows = [list(self.train_dataset[name]) for name in ("input_ids", "labels", "task")]
         kept_as = key(model, k, self.accelerator.mixed_precision, self.guidance, self._injection, rows)
-        options: dict[str, Any] = {
-            "temperature": self.guidance.kl[0].temperature if self.guidance.kl else 1.0,
-            "path": Path(self.args.output_dir) / f"teacher-{kept_as}.safetensors",
-            "batch_size": self.args.per_device_train_batch_size,
-            "progress": not self.args.disable_tqdm,
-        }
+        path = Path(self.args.output_dir) / f"teacher-{kept_as}.safetensors"
+        options = {"batch_size": self.args.per_device_train_batch_size, "progress": not self.args.disable_tqdm}
+        heat = self.guidance.kl[0].temperature if self.guidance.kl else 1.0
         with self.args.main_process_first(desc="the teacher's outputs"):  # the others then find the file
-            kept = keep_teacher(len(self.train_dataset), teach, k=k, **options)
+            kept = keep_teacher(len(rows[0]), teach, k=k, temperature=heat, path=path, **options)
         self.teacher_seconds = time.perf_counter() - start
         return kept
 

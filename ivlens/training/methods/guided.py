@@ -42,10 +42,8 @@ class Guided(Method):
 
     def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
         if missing := [task for task in tasks if task not in (vectors or {})]:
-            raise ValueError(
-                f"guided training needs vectors, and there is none for task(s) {', '.join(missing)}; extract one each with "
-                "ivl.extract_vector"
-            )
+            there = f"guided training needs vectors, and there is none for task(s) {', '.join(missing)}"
+            raise ValueError(f"{there}; extract one each with ivl.extract_vector")
 
     def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
         from ivlens.training.trainer import IVTrainer

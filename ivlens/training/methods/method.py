@@ -82,12 +82,9 @@ class Method:
     def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
         """The trainer; `common` are the Trainer's own arguments."""
         common = {"train_dataset": dataset, "data_collator": Collator(stage.tokenizer), **common}
-        penalty = self.penalty(stage)
-        return (
-            Trainer(stage.model, **common)
-            if penalty is None
-            else PenaltyTrainer(stage.model, penalty=penalty, **common)
-        )
+        if (penalty := self.penalty(stage)) is None:
+            return Trainer(stage.model, **common)
+        return PenaltyTrainer(stage.model, penalty=penalty, **common)
 
     def penalty(self, stage: Stage) -> Callable[[], Tensor] | None:
         """What is added to the loss in every step, a function of the weights alone; None for nothing."""
