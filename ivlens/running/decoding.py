@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,33 +62,29 @@ def complete(
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     for injection in filter(None, injections.values()):
         injection.check_rows(len(rows))
+    if wanted is not None:
+        wanted = [[normalized(backend.tokenizer, text) for text in texts] for texts in wanted]
     reader = _Reader(backend, rows)
 
     def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
-        batch = [rows[i] for i in index]
         plain = reader.read(tokens, mask)
         for name, injection in injections.items():
             everywhere = injection is not None and injection.positions == "all"
             if injection is not None and injection.per_row:
                 injection = injection.of_rows(index)
             cache = reader.read(tokens, mask, injection) if everywhere else plain
-            if batch[0].answer:
-                first, log_probability = _score(
-                    _Run(backend, tokens, mask, cache, injection), [r.answer for r in batch]
-                )
-                for i, f, lp in zip(index, first, log_probability):
-                    done[name].first_token[i], done[name].log_probability[i] = f, lp
+            begin = partial(_Run, backend, tokens, mask, cache, injection)
+            if rows[index[0]].answer:
+                for i, *scores in zip(index, *_score(begin(), [rows[i].answer for i in index])):
+                    done[name].first_token[i], done[name].log_probability[i] = scores
             if max_new_tokens:
-                only = (
-                    None if wanted is None else [[normalized(backend.tokenizer, x) for x in wanted[i]] for i in index]
-                )
-                texts = _decode(_Run(backend, tokens, mask, cache, injection), max_new_tokens, stop, only)
-                for i, text in zip(index, texts):
+                only = None if wanted is None else [wanted[i] for i in index]
+                for i, text in zip(index, _decode(begin(), max_new_tokens, stop, only)):
                     done[name].texts[i] = text
             if bar is not None:
                 bar.update(len(index))
 
-    in_batches([len(row.prompt) for row in rows], batch_size, _padded(backend, rows, work))
+    reader.in_batches(batch_size, work)
     return done
 
 
@@ -113,28 +110,28 @@ def choose(
         for i, values in zip(index, zip(*columns)):
             found[i] = list(values[: len(choices[i])])
 
-    in_batches([len(row.prompt) for row in rows], batch_size, _padded(backend, rows, work))
+    reader.in_batches(batch_size, work)
     return found
-
-
-def _padded(
-    backend: Backend, rows: Sequence[TokenizedPrompt], work: Callable[[list[int], Tensor, Tensor], None]
-) -> Callable[[list[int]], None]:
-    """`work` with the prompts' tokens, padded on the left, and their mask."""
-    return lambda index: work(
-        index, *pad_left([rows[i].prompt for i in index], rows[index[0]].prompt[0], backend.device)
-    )
 
 
 class _Reader:
     """Reads prompts up to their last token; what all of them begin with, such as the same demonstrations, only once."""
 
     def __init__(self, backend: Backend, rows: Sequence[TokenizedPrompt]):
-        self.backend = backend
+        self.backend, self.prompts = backend, [row.prompt for row in rows]
         # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
         self.hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
-        self.beginning = common_beginning([r.prompt[:-1] for r in rows]) if len(rows) > 1 else ()
+        self.beginning = common_beginning([prompt[:-1] for prompt in self.prompts]) if len(rows) > 1 else ()
         self.caches: dict[int | None, Any] = {}
+
+    def in_batches(self, batch_size: int, work: Callable[[list[int], Tensor, Tensor], None]) -> None:
+        """Give `work` the numbers of some prompts, their tokens, padded on the left, and their mask, until all are done."""
+
+        def padded(index: list[int]) -> None:
+            some = [self.prompts[i] for i in index]
+            work(index, *pad_left(some, some[0][0], self.backend.device))
+
+        in_batches(list(map(len, self.prompts)), batch_size, padded)
 
     def read(self, tokens: Tensor, mask: Tensor, injection: Injection | None = None) -> Any:
         """Keys and values of all but the last prompt token (None for prompts of one token, and under others' hooks)."""
@@ -184,20 +181,19 @@ class _Run:
 
     def __init__(self, backend: Backend, tokens: Tensor, mask: Tensor, cache: Any, injection: Injection | None):
         self.backend, self.mask, self.injection = backend, mask, injection
+        self.at = None if injection is None else injection.positions
         self.fed = tokens if cache is None else tokens[:, -1:]
         self.cache = backend.new_cache(len(tokens)) if cache is None else copy.deepcopy(cache)
 
     def first(self) -> Tensor:
         """Logits after the prompt, [batch 1 d_vocab]."""
-        everywhere = self.injection is not None and self.injection.positions == "all"
-        with _injected(self.backend, self.injection, slice(None) if everywhere else slice(self.fed.shape[1] - 1, None)):
+        with _injected(self.backend, self.injection, slice(None if self.at == "all" else self.fed.shape[1] - 1, None)):
             return self.backend.forward(self.fed, self.mask, cache=self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token, [batch 1 d_vocab]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        last_only = self.injection is not None and self.injection.positions == "last"
-        with _injected(self.backend, self.injection, None if last_only else slice(None)):
+        with _injected(self.backend, self.injection, None if self.at == "last" else slice(None)):
             return self.backend.forward(tokens, self.mask, cache=self.cache)
 
     def along(self, answers: Tensor) -> Tensor:
@@ -205,10 +201,9 @@ class _Run:
         length = answers.shape[1]
         if self.fed.shape[1] > 1:  # hooks around us look for the prompt's last token, so answer tokens come one by one
             return torch.cat([self.first(), *(self.step(answers[:, j : j + 1]) for j in range(length - 1))], dim=1)
-        last_only = self.injection is not None and self.injection.positions == "last"
         fed = torch.cat([self.fed, answers[:, :-1]], dim=1)
         mask = torch.cat([self.mask, self.mask.new_ones(len(answers), length - 1)], dim=1)
-        with _injected(self.backend, self.injection, slice(0, 1) if last_only else slice(None)):
+        with _injected(self.backend, self.injection, slice(0, 1) if self.at == "last" else slice(None)):
             return self.backend.forward(fed, mask, cache=self.cache, keep=length)
 
 
@@ -221,17 +216,15 @@ def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], li
 
 
 def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[Sequence[str]] | None) -> list[str]:
-    tokenizer, rows = run.backend.tokenizer, len(run.fed)
-    ends = set(run.backend.end_tokens)
-    written: list[list[int]] = [[] for _ in range(rows)]
-    texts, open_rows = [""] * rows, set(range(rows))
+    tokenizer, ends, n = run.backend.tokenizer, set(run.backend.end_tokens), len(run.fed)
+    written: list[list[int]] = [[] for _ in range(n)]
+    texts, open_rows = [""] * n, set(range(n))
     logits = run.first()
     for step in range(max_new_tokens):
         best = logits[:, -1].max(-1, keepdim=True)
         check_finite(best.values, logits.dtype)
-        last = best.indices
         for row in sorted(open_rows):
-            token = int(last[row, 0])
+            token = int(best.indices[row, 0])
             if token in ends:
                 open_rows.discard(row)
                 continue
@@ -245,7 +238,7 @@ def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[S
                 open_rows.discard(row)
         if not open_rows or step == max_new_tokens - 1:
             break
-        logits = run.step(last)
+        logits = run.step(best.indices)
     return texts
 
 

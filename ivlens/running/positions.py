@@ -46,16 +46,14 @@ class Injection:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
         if not isinstance(positions, Tensor) and positions not in POSITIONS:
-            raise ValueError(
-                f"positions={positions!r} is unknown; choose one of {', '.join(POSITIONS)}, or a tensor with one per row"
-            )
+            known = ", ".join(POSITIONS)
+            raise ValueError(f"positions={positions!r} is unknown; choose one of {known}, or a tensor with one per row")
         whole = not isinstance(vector, Tensor)
         if whole:
             vector.check_model(backend.model)
         elif vector.shape[-1] != backend.d_model or vector.dim() > 2:
-            raise ValueError(
-                f"the vector has shape {tuple(vector.shape)}, but {backend.name} needs [d_model] = ({backend.d_model},)"
-            )
+            needed = f"{backend.name} needs [d_model] = ({backend.d_model},)"
+            raise ValueError(f"the vector has shape {tuple(vector.shape)}, but {needed}")
         elif not torch.isfinite(vector).all():
             raise ValueError("the vector holds NaN or infinite values")
         scale = (vector.scale if whole else 1.0) if scale is None else scale
@@ -68,10 +66,8 @@ class Injection:
             return cls(additions, positions)
         layer = vector.layer if layer is None and whole else layer
         if layer is None:
-            raise ValueError(
-                f"no layer given and the vector has none; pass layer= (a third of the depth, {backend.n_layers // 3}, is a fair "
-                "first try) or choose one on validation data with ivl.tune_injection"
-            )
+            layer = f"layer= (a third of the depth, {backend.n_layers // 3}, is a fair first try)"
+            raise ValueError(f"no layer given and the vector has none; pass {layer} or use ivl.tune_injection")
         return cls({backend.check_layer(layer): scale * (vector.vector if whole else vector)}, positions)
 
     @property
@@ -84,10 +80,8 @@ class Injection:
         if wrong is not None:
             raise ValueError(f"the vector has {wrong} rows for {n} prompts; pass one per prompt, or a single [d_model]")
         if isinstance(self.positions, Tensor):
-            raise ValueError(
-                f"positions is a tensor, but here prompts are batched anew; choose one of {', '.join(POSITIONS)}, or run the "
-                "model inside ivl.inject"
-            )
+            known = ", ".join(POSITIONS)
+            raise ValueError(f"positions is a tensor, but prompts are batched anew; choose {known}, or use ivl.inject")
 
     def of_rows(self, index: list[int]) -> Injection:
         """The same for these rows only."""
@@ -149,34 +143,24 @@ class _Place:
         elif self.start:
             self.last = None
         else:
-            ends = backend_ends()
-            mask = options.get("attention_mask")
-            real = mask if ends is None and isinstance(mask, Tensor) and mask.dim() == 2 else None
-            at = new - (ends or 1)
-            self.last = torch.full((rows,), at) if real is None else _last_real(real)
+            ends, mask = backend_ends(), options.get("attention_mask")
+            masked = ends is None and isinstance(mask, Tensor) and mask.dim() == 2
+            self.last = _last_real(mask) if masked else torch.full((rows,), new - (ends or 1))
 
     def add(self, x: Tensor, vector: Tensor) -> Tensor:
         if self.elsewhere:
             return x
         if not self.runs:
             raise RuntimeError("can't tell where the prompt ends: run the model from its first layer inside inject")
-        rows = x.shape[0]
-        vector = _per_row(vector, rows)
-        if isinstance(self.positions, str) and self.positions == "all":
+        vector, own = _per_row(vector, len(x)), isinstance(self.positions, Tensor)
+        if not own and self.positions == "all":
             return x + vector
+        if self.last is None:  # the prompt lies behind
+            return x + vector if not own and self.positions == "generated" else x
         columns = torch.arange(self.start, self.start + x.shape[1], device=x.device)
-        if isinstance(self.positions, Tensor):
-            if self.last is None:
-                return x
-            here = columns == _per_row(self.positions.to(x.device)[:, None], rows)
-        elif self.last is None:
-            return x + vector if self.positions == "generated" else x
-        else:
-            last = self.last.to(x.device)[:, None]
-            here = columns == last if self.positions == "last" else columns >= last
-        if not here.any():
-            return x
-        return torch.where(here[..., None], x + vector, x)
+        at = (self.positions if own else self.last).to(x.device)[:, None]
+        here = columns >= at if not own and self.positions == "generated" else columns == _per_row(at, len(x))
+        return torch.where(here[..., None], x + vector, x) if here.any() else x
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -205,9 +189,7 @@ class _Place:
         prompt = next((x for x in given if x is not None), None)
         mask = options.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, -1].all():
-            raise ValueError(
-                "attention_mask: generate needs prompts padded on the left, whose last token is the prompt's; pad there"
-            )
+            raise ValueError("attention_mask: generate needs prompts padded on the left, their last token at the end")
         return self._inside(1 if prompt is None else prompt.shape[1], generate, args, options)
 
     def _generate_own(self, generate: Callable, *args: Any, **options: Any) -> Any:
@@ -274,6 +256,5 @@ def injected(model: Any, injection: Injection) -> Iterator[Any]:
         yield model
         if place.runs and fired != set(injection.additions):
             missing = sorted(set(injection.additions) - fired)
-            raise RuntimeError(
-                f"the model ran, but nothing was injected after layer(s) {missing}: did it stop at an earlier layer?"
-            )
+            said = f"the model ran, but nothing was injected after layer(s) {missing}"
+            raise RuntimeError(f"{said}: did it stop at an earlier layer?")

@@ -15,7 +15,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.comparison import without_training
 from ivlens.running.batches import in_batches
 from ivlens.running.scores import measure
-from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left
+from ivlens.running.tokens import TokenizedPrompt, fed_with_answers
 
 __all__ = ["Reading", "read_prompts"]
 
@@ -74,10 +74,8 @@ def read_prompts(
 def _read_batch(
     backend: Backend, batch: Sequence[TokenizedPrompt], z: bool, resid: bool, position: int
 ) -> dict[str, Tensor]:
-    answers, answer_mask = fill_right([r.answer for r in batch], backend.device)
+    tokens, mask, answers, counted = fed_with_answers([(r.prompt, r.answer) for r in batch], backend.device)
     keep = max(answers.shape[1], 1)
-    fed = [r.prompt + tuple(a[: keep - 1]) for r, a in zip(batch, answers.tolist())]
-    tokens, mask = pad_left(fed, fed[0][0], backend.device)
     found: dict[str, list[Tensor]] = {"z": [], "resid": []}
 
     def keep_in(name: str) -> Callable:
@@ -94,11 +92,10 @@ def _read_batch(
         logits = backend.forward(tokens, mask, keep=keep)
     for name, wanted in (("z", z), ("resid", resid)):
         if wanted and len(found[name]) != backend.n_layers:
-            raise RuntimeError(
-                f"only {len(found[name])} of {backend.n_layers} {name} hooks fired; the model can't be read"
-            )
+            there = f"{len(found[name])} of {backend.n_layers}"
+            raise RuntimeError(f"only {there} {name} hooks fired; the model can't be read")
     read = {name: torch.stack(parts, dim=1) for name, parts in found.items() if parts}
     if answers.shape[1]:
         for name in SCORES:
-            read[name] = measure(name, logits[:, None], answers, answer_mask)[:, 0].cpu()
+            read[name] = measure(name, logits[:, None], answers, counted)[:, 0].cpu()
     return read

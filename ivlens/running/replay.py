@@ -9,7 +9,9 @@ unpatched copy). The result is the full forward pass's, to rounding; a self-chec
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -78,11 +80,9 @@ class Sweep:
             yield from self._batches(todo)
 
     def _batches(self, todo: Sequence[int] | None) -> Iterator[Swept]:
-        remaining = list(range(len(self.prompts))) if todo is None else list(todo)
-        if not remaining:
-            return
+        todo = range(len(self.prompts)) if todo is None else todo
         # Neighbours in length share a batch, so that little is spent on padding.
-        remaining.sort(key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
+        remaining = sorted(todo, key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
         shared = self._shared(remaining) if self.checked else None
         while remaining:
             batch = self._batch(remaining[: self._batch_size(remaining[0])])
@@ -134,18 +134,16 @@ class Sweep:
             for layer in self.sites.layers[site]:
                 places.setdefault(layer, []).append(place)
         fired: list[int] = []
-        hooks = []
-        for layer, here in places.items():
 
-            def edit(x: Tensor, hook, layer=layer, here=here) -> Tensor:
-                copies = x.unflatten(1, (-1, prefix.block))[:, 1:, 0]
-                some = copies[:, here]
-                self.sites.write(layer, [sites[place] for place in here], batch.index, some)
-                copies[:, here] = some
-                fired.append(layer)
-                return x
+        def edit(x: Tensor, hook: Any, layer: int) -> Tensor:
+            here, copies = places[layer], x.unflatten(1, (-1, prefix.block))[:, 1:, 0]
+            some = copies[:, here]
+            self.sites.write(layer, [sites[place] for place in here], batch.index, some)
+            copies[:, here] = some
+            fired.append(layer)
+            return x
 
-            hooks.append((self.sites.hook(layer), edit))
+        hooks = [(self.sites.hook(layer), partial(edit, layer=layer)) for layer in places]
         masks = copy_masks(prefix.visible, prefix.n_prefix, 1 + len(sites))
         logits = self.backend.run_copies(prefix, masks, new, hooks, batch.keep)
         if sorted(fired) != sorted(places):
@@ -153,38 +151,31 @@ class Sweep:
         # Copy 0 went the whole way unpatched, so every pass checks mask, positions and cache against the plain forward.
         difference = _probability_difference(logits[:, 0], prefix.logits)
         if not difference <= self._tolerance:
-            raise ReplayError(
-                f"the unpatched copy differs from the forward pass by {difference:.1e} in probability; pass method='full'"
-            )
+            said = f"the unpatched copy differs from the forward pass by {difference:.1e} in probability"
+            raise ReplayError(f"{said}; pass method='full'")
         return logits[:, 1:]
 
     @torch.inference_mode()
-    def _full(self, batch: SweepBatch, sites: Sequence[int] | None = None) -> Swept:
-        sites = range(len(self.sites.layers)) if sites is None else sites
-        baseline = self._score(self._forward(batch)[:, None], batch)[:, 0].cpu()
-        values = torch.empty(len(batch.index), len(sites))
-        for column, site in enumerate(sites):
-            values[:, column] = self._score(self._forward(batch, site)[:, None], batch)[:, 0].cpu()
-        return Swept(batch.index, values, baseline)
+    def _full(self, batch: SweepBatch) -> Swept:
+        passes = (self._forward(batch, site)[:, None] for site in (None, *range(len(self.sites.layers))))
+        baseline, *values = (self._score(logits, batch)[:, 0].cpu() for logits in passes)
+        return Swept(batch.index, torch.stack(values, dim=1), baseline)
 
     def _forward(self, batch: SweepBatch, site: int | None = None) -> Float[Tensor, "batch answer d_vocab"]:
         if site is None:
             return self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
         layers, fired = self.sites.layers[site], []
 
-        def edit_at(layer: int) -> Callable:
-            def edit(x: Tensor, hook) -> Tensor:
-                self.sites.write(layer, [site], batch.index, x[:, -batch.block].unsqueeze(1))
-                fired.append(layer)
-                return x
+        def edit(x: Tensor, hook: Any, layer: int) -> Tensor:
+            self.sites.write(layer, [site], batch.index, x[:, -batch.block].unsqueeze(1))
+            fired.append(layer)
+            return x
 
-            return edit
-
-        with self.backend.model.hooks(fwd_hooks=[(self.sites.hook(layer), edit_at(layer)) for layer in layers]):
+        hooks = [(self.sites.hook(layer), partial(edit, layer=layer)) for layer in layers]
+        with self.backend.model.hooks(fwd_hooks=hooks):
             logits = self.backend.forward(batch.tokens, batch.mask, keep=batch.keep)
         if missing := set(layers) - set(fired):
-            hook = self.sites.hook(min(missing))
-            raise RuntimeError(f"the hook {hook} didn't fire; this model can't be patched there")
+            raise RuntimeError(f"the hook {self.sites.hook(min(missing))} didn't fire; this model can't be patched")
         return logits
 
     # -- the choice between them ------------------------------------------------------------------------------------
@@ -206,12 +197,9 @@ class Sweep:
             alone = self._batch(batch.index[:1])
             with torch.inference_mode():
                 plain = self._forward(alone, self._probe)[0]
-            difference = _probability_difference(self._probed[: alone.keep], plain)
-            reason = (
-                None
-                if difference <= self._tolerance
-                else f"a replayed patch differs by {difference:.1e} in probability"
-            )
+            difference, reason = _probability_difference(self._probed[: alone.keep], plain), None
+            if not difference <= self._tolerance:
+                reason = f"a replayed patch differs by {difference:.1e} in probability"
         except ReplayError as error:
             reason = str(error)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -220,13 +208,11 @@ class Sweep:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason is not None and self.method == "replay":
             raise ReplayError(f"exact replay can't serve this model ({reason}); pass method='full' or 'auto'")
-        self.checked = True
-        self.method = "replay" if reason is None else "full"
+        self.checked, self.method = True, "replay" if reason is None else "full"
         if reason is None:
             return swept, shared
-        warnings.warn(
-            f"exact replay can't serve this model ({reason}); one forward pass per patch instead", stacklevel=4
-        )
+        said = f"exact replay can't serve this model ({reason})"
+        warnings.warn(f"{said}; one forward pass per patch instead", stacklevel=4)
         return self._full(batch), None
 
     # -- batches ----------------------------------------------------------------------------------------------------

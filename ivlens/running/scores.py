@@ -55,10 +55,8 @@ def measure(
 def check_finite(x: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError where something that was computed isn't a number: it would be kept and averaged as if it were one."""
     if not torch.isfinite(x).all():
-        raise ValueError(
-            f"the model gives NaN or infinite numbers in {str(dtype).removeprefix('torch.')}; load it with dtype=torch.float32 "
-            "(or torch.bfloat16, which reaches as far)"
-        )
+        said = f"the model gives NaN or infinite numbers in {str(dtype).removeprefix('torch.')}"
+        raise ValueError(f"{said}; load it with dtype=torch.float32 (or torch.bfloat16, which reaches as far)")
 
 
 def _log_normalizer(logits: Float[Tensor, "batch copy *answer d_vocab"]) -> Float[Tensor, "batch copy *answer"]:
@@ -97,8 +95,7 @@ class _Words:
     """Words of any script; single characters of those that put no spaces between words."""
 
     def tokenize(self, text: str) -> list[str]:
-        words: list[str] = []
-        open_word = False
+        words, open_word = [], False
         for c in unicodedata.normalize("NFC", text.casefold()):
             if unicodedata.category(c)[0] not in "LNM":
                 open_word = False

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ivlens.running.tokens import fill_right, pad_left
+from ivlens.running.tokens import fed_with_answers
 
 __all__ = ["Sites", "SweepBatch", "Swept"]
 
@@ -60,10 +60,7 @@ class SweepBatch:
         device: torch.device,
     ) -> SweepBatch:
         """Of prompts and the answer tokens that are scored."""
-        answers, answer_mask = fill_right([answer for _, answer in rows], device)
-        # The last answer token is never an input.
-        fed = [prompt + tuple(a[:-1]) for (prompt, _), a in zip(rows, answers.tolist())]
-        tokens, mask = pad_left(fed, fed[0][0], device)
+        tokens, mask, answers, answer_mask = fed_with_answers(rows, device)
         wrong = None if distractors is None else torch.tensor(distractors, device=device)
         return cls(index, tokens, mask, answers, answer_mask, wrong, from_end + answers.shape[1] - 1)
 

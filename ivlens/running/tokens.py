@@ -15,7 +15,6 @@ from ivlens.tasks.prompts import Prompt
 
 __all__ = ["TokenizedPrompt", "TooLongError", "common_beginning", "fill_right", "pad_left", "room_for", "tokenize"]
 
-
 MARK = "\ue000"  # within what looks like a special token in data, while a template is rendered
 
 
@@ -62,35 +61,35 @@ def tokenize(
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt")
     out = []
     for i, prompt in enumerate(prompts):
-        ids = _encode_prompt(backend, prompt)
-        answer = () if answers is None else _encode_answer(backend, prompt, ids, answers[i])
-        if answer and isinstance(prompt, Prompt) and prompt.style == "chat" and not prompt.query.choices:
-            # The template's own tokens, where the answer begins within one of those that the prompt alone would end with.
-            together = _encode_prompt(backend, prompt, answers[i])
-            same = next((k for k, (a, b) in enumerate(zip(ids, together)) if a != b), len(ids))
-            ids, answer = together[:same], together[same:]
-        # " 7" may be a space token and a digit: the answer's first token should be one that says something.
-        # Not where options are scored, whose prompt must not know which of them is right.
-        settled = isinstance(prompt, Prompt) and not prompt.query.choices
-        while settled and len(answer) > 1 and not backend.tokenizer.decode([answer[0]]).strip():
-            ids, answer = ids + answer[:1], answer[1:]
+        ids, answer = _encode_pair(backend, prompt, "" if answers is None else answers[i])
         if not ids:
             raise ValueError(f"prompt {i} tokenizes to nothing; give it some text")
         free = isinstance(prompt, Prompt) and prompt.query.check and not (answers and answers[i])
         if answers is not None and not answer and not free:
-            raise ValueError(
-                f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text in it"
-            )
+            raise ValueError(f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text")
         if backend.n_ctx and len(ids) + len(answer) + spare > backend.n_ctx:
-            name = (
-                f" ({prompt.task}, {prompt.source}: {prompt.query.input[:40]!r})" if isinstance(prompt, Prompt) else ""
-            )
-            raise TooLongError(
-                f"prompt {i}{name} has {len(ids)} tokens and its answer {len(answer)}, but {backend.name} has a context of "
-                f"{backend.n_ctx}; use fewer shots or shorter inputs (nothing is ever cut off)"
-            )
+            at = f" ({prompt.task}, {prompt.source}: {prompt.query.input[:40]!r})" if isinstance(prompt, Prompt) else ""
+            said = f"prompt {i}{at} has {len(ids)} tokens and its answer {len(answer)}"
+            there = f"{backend.name} has a context of {backend.n_ctx}"
+            raise TooLongError(f"{said}, but {there}; use fewer shots or shorter inputs (nothing is ever cut off)")
         out.append(TokenizedPrompt(ids, answer))
     return out
+
+
+def _encode_pair(backend: Backend, prompt: Prompt | str | Tensor, answer: str) -> tuple[tuple[int, ...], ...]:
+    """Tokens of the prompt and of its answer, which begins with one that says something."""
+    ids = _encode_prompt(backend, prompt)
+    found = _encode_answer(backend, prompt, ids, answer)
+    if not isinstance(prompt, Prompt) or prompt.query.choices:  # a prompt must not know which option is right
+        return ids, found
+    if found and prompt.style == "chat":
+        # The template's own tokens, where the answer begins within one of those that the prompt alone would end with.
+        together = _encode_prompt(backend, prompt, answer)
+        same = len(common_beginning([ids, together]))
+        ids, found = together[:same], together[same:]
+    while len(found) > 1 and not backend.tokenizer.decode([found[0]]).strip():  # " 7" may be a space token and a digit
+        ids, found = ids + found[:1], found[1:]
+    return ids, found
 
 
 def _encode_prompt(backend: Backend, prompt: Prompt | str | Tensor, more: str = "") -> tuple[int, ...]:
@@ -129,10 +128,10 @@ def _encode_chat(tokenizer: Any, prompt: Prompt, more: str) -> list[int]:
     ids: list[int] = []
     alike = "|".join(re.escape(token[:1] + MARK + token[1:]) for token in special)
     for i, part in enumerate(re.split(f"({alike})", text)):
-        odd = i % 2  # what was marked
-        ids += (
-            _encode_data(tokenizer, part.replace(MARK, "")) if odd else tokenizer.encode(part, add_special_tokens=False)
-        )
+        if i % 2:  # what was marked
+            ids += _encode_data(tokenizer, part.replace(MARK, ""))
+        else:
+            ids += tokenizer.encode(part, add_special_tokens=False)
     return ids
 
 
@@ -165,6 +164,15 @@ def fill_right(rows: Sequence[Sequence[int]], device: Any = None) -> tuple[Tenso
     filled = [list(r) + list(r[-1:]) * (longest - len(r)) for r in rows]
     counted = [[j < len(r) for j in range(longest)] for r in rows]
     return torch.tensor(filled, dtype=torch.long, device=device), torch.tensor(counted, dtype=torch.bool, device=device)
+
+
+def fed_with_answers(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], device: Any = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts with their answers but for the last token, which is never an input, and their mask; answers as in `fill_right`."""
+    answers, counted = fill_right([answer for _, answer in rows], device)
+    fed = [(*prompt, *answer[:-1]) for (prompt, _), answer in zip(rows, answers.tolist())]
+    return *pad_left(fed, fed[0][0], device), answers, counted
 
 
 def common_beginning(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
