@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,11 @@ class HeadEffects:
     queries: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.queries and len(self.queries) != len(self.values):
-            raise ValueError(f"{len(self.values)} effects and {len(self.queries)} queries don't match")
-        if not len(self.values) == len(self.baseline) == len(self.tasks):
-            raise ValueError(
-                f"{len(self.values)} effects, {len(self.baseline)} baselines and {len(self.tasks)} task names don't match"
-            )
+        n = len(self.values), len(self.baseline), len(self.tasks)
+        if len(set(n)) > 1:
+            raise ValueError(f"{n[0]} effects, {n[1]} baselines and {n[2]} task names don't match")
+        if self.queries and len(self.queries) != n[0]:
+            raise ValueError(f"{n[0]} effects and {len(self.queries)} queries don't match")
 
     @property
     def task_names(self) -> list[str]:
@@ -147,10 +147,8 @@ class HeadEffects:
             "p_corrected": self.pvalue(task, corrected=True),
             "stability": self.stability(task=task),
         }
-        n_heads = self.values.shape[2]
-        frame = pd.DataFrame({name: x.flatten().tolist() for name, x in columns.items()})
-        frame.insert(0, "layer", [i // n_heads for i in range(len(frame))])
-        frame.insert(1, "head", [i % n_heads for i in range(len(frame))])
+        frame = pd.DataFrame(product(*map(range, self.values.shape[1:])), columns=["layer", "head"])
+        frame = frame.assign(**{name: x.flatten().tolist() for name, x in columns.items()})
         return frame.sort_values("aie", ascending=False, ignore_index=True)
 
     def plot(self, kind: str = "mean", *, task: str | None = None) -> go.Figure:
@@ -169,18 +167,15 @@ class HeadEffects:
     def load(cls, path: str | Path) -> HeadEffects:
         """Load what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
-        queries = tuple(about.get("queries", ()))  # older files have none
-        rest = about["metric"], about["metadata"], queries
-        return cls(tensors["values"], tensors["baseline"], tuple(about["tasks"]), *rest)
+        names = {"tasks": tuple(about["tasks"]), "queries": tuple(about.get("queries", ()))}  # older files have none
+        return cls(tensors["values"], tensors["baseline"], metric=about["metric"], metadata=about["metadata"], **names)
 
     def __repr__(self) -> str:
-        n, layers, heads = self.values.shape
-        mean = self.mean()
-        best = ", ".join(f"{h} {mean[h]:+.3f}" for h in self.top(min(5, mean.numel())))
-        tasks = self.task_names
+        (n, layers, heads), mean, tasks = self.values.shape, self.mean(), self.task_names
         what = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
         n = f"{n} prompts" if self.n_queries() == n else f"{n} prompts of {self.n_queries()} queries"
-        stable, few = self.stability(), self.top(min(10, mean.numel()))
+        few, stable = self.top(min(10, mean.numel())), self.stability()
+        best = ", ".join(f"{head} {mean[head]:+.3f}" for head in few[:5])
         kept = sum(stable[head].item() for head in few) / len(few)
         best += f"; resampled, {kept:.0%} of the top {len(few)} stay" if kept == kept else ""
         return f"HeadEffects({what}, {n}, {layers} layers × {heads} heads, {self.metric}; strongest: {best})"

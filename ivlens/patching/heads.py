@@ -17,7 +17,7 @@ from ivlens.models.backends import backend_of
 from ivlens.models.precision import in_float32
 from ivlens.running.reading import read_prompts
 from ivlens.running.replay import Sweep
-from ivlens.running.scores import check_finite, check_metric
+from ivlens.running.scores import check_finite
 from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
@@ -68,9 +68,7 @@ def head_outputs(
         read = read_prompts(backend, rows, z=True, batch_size=batch_size, bar=bar)
     z = read.z[read.scores["accuracy"] == 1] if only_correct else read.z
     if not len(z):
-        raise ValueError(
-            "the model answers none of the prompts correctly; use more shots, other prompts, or only_correct=False"
-        )
+        raise ValueError("the model answers none of the prompts correctly; use more shots or only_correct=False")
     check_finite(z, next(backend.model.parameters()).dtype)
     return z
 
@@ -129,27 +127,19 @@ def sweep_heads(
     **options: Any,
 ) -> Sweep:
     """All heads on all prompts; options as in `Sweep`."""
-    check_metric(metric)
     backend = backend_of(model)
     backend.check_hooks()
     expected = (backend.n_layers, backend.n_heads, backend.d_head)
     if tuple(replacement.shape) != expected:
-        raise ValueError(
-            f"replacement has shape {tuple(replacement.shape)}, but {backend.name} needs [layer head d_head] = {expected}"
-        )
+        needed = f"{backend.name} needs [layer head d_head] = {expected}"
+        raise ValueError(f"replacement has shape {tuple(replacement.shape)}, but {needed}")
     if not torch.isfinite(replacement).all():
         raise ValueError("replacement holds NaN or infinite values; compute it again with mean_head_outputs")
     tokenized = tokenize(backend, prompts, answers)
-    if not all(t.answer for t in tokenized):
-        raise ValueError("answers are needed to measure an effect; pass one text per prompt")
-    if metric == "logit_difference" and distractors is None:
-        raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
     wrong = None if distractors is None else [t.answer[0] for t in tokenize(backend, prompts, distractors)]
-    if alike := sum(a.answer[0] == b for a, b in zip(tokenized, wrong or ())):
-        raise ValueError(
-            f"{alike} of {len(tokenized)} distractors begin with their answer's own first token: their logit_difference is 0 "
-            "whatever is patched; give others, or take metric='log_probability', which looks at the whole answer"
-        )
+    if alike := sum(row.answer[:1] == (first,) for row, first in zip(tokenized, wrong or ())):
+        said = f"{alike} of {len(tokenized)} distractors begin with their answer's own first token"
+        raise ValueError(f"{said}: their effect is always 0; give others, or take metric='log_probability'")
     heads = [(layer, head) for layer in range(backend.n_layers) for head in range(backend.n_heads)]
     replacement = replacement.to(backend.device)
 

@@ -15,7 +15,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.heads import collect_effects, mean_head_outputs, sweep_heads
-from ivlens.running.scores import WHOLE_ANSWER, check_metric
+from ivlens.running.scores import check_metric
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.counterfactuals import counterfactual
 from ivlens.tasks.prompts import Prompt, build_prompts
@@ -81,40 +81,26 @@ def locate_heads(
     if n_prompts < 1 or n_mean < 1:
         raise ValueError(f"n_prompts={n_prompts} and n_mean={n_mean} must be 1 or more")
     if shots == 0 and (instruction is False or instruction is None):
-        raise ValueError(
-            "with shots=0 and instruction=False no prompt states its task: there is nothing to locate; pass shots=10 or "
-            "instruction=True"
-        )
+        said = "with shots=0 and instruction=False no prompt states its task"
+        raise ValueError(f"{said}: there is nothing to locate; pass shots=10 or instruction=True")
     about = None if folder is None else key(backend.model, method)
+    look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "split": "train"}
     values, baselines, queries, names, checked = [], [], [], [], False
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
-            options: dict[str, Any] = {
-                "shots": shots,
-                "instruction": instruction,
-                "style": style,
-                "template": template,
-                "split": "train",
-            }
-            clean = build_prompts(task, n=n_prompts, seed=seed + 1, **options)
+            clean = build_prompts(task, n=n_prompts, seed=seed + 1, **look)
             broken = _changed(backend, clean, counterfactual, list(suite.values()), seed)
             wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None
-            mean = mean_head_outputs(
-                model, build_prompts(task, n=n_mean, seed=seed, repeat=True, **options), only_correct=only_correct
-            )
-            sweep = sweep_heads(
-                model, broken, None, mean, metric=metric, distractors=wrong, method=method, max_rows=max_rows
-            )
+            stating = build_prompts(task, n=n_mean, seed=seed, repeat=True, **look)
+            mean = mean_head_outputs(model, stating, only_correct=only_correct)
+            options = {"metric": metric, "distractors": wrong, "method": method, "max_rows": max_rows}
+            sweep = sweep_heads(model, broken, None, mean, **options)
             asked = [same_input(prompt.query) for prompt in broken]
             if len(set(asked)) > 1 and len(set(sweep.scored)) == 1:
-                warnings.warn(
-                    f"the {len(asked)} answers of task {task.name!r} are all the same to metric={metric!r}, which sees "
-                    f"{backend.tokenizer.decode(sweep.scored[0])!r}: heads that raise just this count as its instruction heads; "
-                    "give examples with other answers"
-                    + ("" if metric in WHOLE_ANSWER else ", or take 'log_probability'"),
-                    stacklevel=2,
-                )
+                seen = f"metric={metric!r}, which sees {backend.tokenizer.decode(sweep.scored[0])!r}"
+                said = f"the {len(asked)} answers of task {task.name!r} are all the same to {seen}"
+                warnings.warn(f"{said}: heads that raise it are found; give examples with other answers", stacklevel=2)
             sweep.checked = checked
             scores, baseline = collect_effects(sweep, folder, about, progress and len(suite) == 1)
             values.append((scores - baseline[:, None]).unflatten(1, mean.shape[:2]))
@@ -135,18 +121,11 @@ def _changed(backend: Backend, clean: list[Prompt], kind: str, tasks: list[Task]
     changed = [prompt for prompt, (a, b) in zip(broken, pairs) if a.prompt != b.prompt]
     if len(changed) == len(broken):
         return broken
-    why = {
-        "shuffled_labels": "demonstrations with one answer can't be shuffled",
-        "no_instruction": "they state no task",
-    }
-    said = (
-        f"counterfactual={kind!r} leaves {len(broken) - len(changed)} of {len(broken)} prompts of task {broken[0].task!r} as "
-        f"they are ({why.get(kind, 'the text is the same')})"
-    )
+    known = {"shuffled_labels": "one answer can't be shuffled", "no_instruction": "they state no task"}
+    same = f"{len(broken) - len(changed)} of {len(broken)} prompts of task {broken[0].task!r}"
+    said = f"counterfactual={kind!r} leaves {same} as they are ({known.get(kind, 'the text is the same')})"
     if not changed:
-        raise ValueError(
-            f"{said}: there is nothing to locate; choose another counterfactual, more shots or other examples"
-        )
+        raise ValueError(f"{said}: there is nothing to locate; choose another, more shots or other examples")
     warnings.warn(f"{said}; these are left out", stacklevel=3)
     return changed
 
@@ -160,9 +139,7 @@ def _distractors(backend: Backend, prompts: Sequence[Prompt], task: Task) -> lis
         others = dict.fromkeys(Prompt(x, style=prompt.style).answer for x in examples)
         other = next((x for x in others if tokenize(backend, [prompt], [x])[0].answer[0] != own.answer[0]), None)
         if other is None:
-            raise ValueError(
-                f"metric='logit_difference' needs two answers in task {task.name!r} that differ in their first token; take "
-                "metric='log_probability', which looks at the whole answer"
-            )
+            needed = f"two answers in task {task.name!r} that differ in their first token"
+            raise ValueError(f"metric='logit_difference' needs {needed}; take metric='log_probability'")
         wrong.append(other)
     return wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,6 @@ from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.reading import read_prompts
 from ivlens.running.replay import Sweep
-from ivlens.running.scores import check_metric
 from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
@@ -51,13 +51,9 @@ class ResidualEffects:
         """One row per layer and position: mean and standard error."""
         import pandas as pd
 
-        mean, error = self.mean(), self.stderr()
-        rows = [
-            {"layer": layer, "position": p, "mean": mean[layer, i].item(), "stderr": error[layer, i].item()}
-            for layer in range(len(mean))
-            for i, p in enumerate(self.positions)
-        ]
-        return pd.DataFrame(rows)
+        places = product(range(self.values.shape[1]), self.positions)
+        frame = pd.DataFrame(places, columns=["layer", "position"])
+        return frame.assign(mean=self.mean().flatten().tolist(), stderr=self.stderr().flatten().tolist())
 
     def plot(self) -> go.Figure:
         """Heatmap, layer × position."""
@@ -66,12 +62,11 @@ class ResidualEffects:
         return plot_residual(self)
 
     def __repr__(self) -> str:
-        n, layers, _ = self.values.shape
-        layer, i = divmod(int(self.mean().argmax()), len(self.positions))
-        return (
-            f"ResidualEffects({n} prompts, {layers} layers, positions {self.positions[0]} to {self.positions[-1]}, "
-            f"{self.metric}; strongest {self.mean()[layer, i]:+.3f} after layer {layer} at {self.positions[i]})"
-        )
+        (n, layers, _), mean = self.values.shape, self.mean()
+        layer, i = divmod(int(mean.argmax()), len(self.positions))
+        best = f"strongest {mean[layer, i]:+.3f} after layer {layer} at {self.positions[i]}"
+        where = f"{layers} layers, positions {self.positions[0]} to {self.positions[-1]}"
+        return f"ResidualEffects({n} prompts, {where}, {self.metric}; {best})"
 
 
 def residual_effects(
@@ -105,9 +100,8 @@ def residual_effects(
         raise ValueError(f"position={max(positions)}: positions count from the prompt's end, -1 is its last token")
     for i, row in enumerate(clean_tokens):
         if -min(positions) > len(row.prompt):
-            raise ValueError(
-                f"position={min(positions)} is outside clean prompt {i}, which has {len(row.prompt)} tokens"
-            )
+            there = f"clean prompt {i}, which has {len(row.prompt)} tokens"
+            raise ValueError(f"position={min(positions)} is outside {there}")
     clean_tokens = [TokenizedPrompt(row.prompt) for row in clean_tokens]  # their answers aren't needed
     columns = []
     for position in tqdm(positions, desc="patching residuals", disable=not progress):
@@ -142,9 +136,6 @@ def edit_effects(
     bar: tqdm | None = None,
 ) -> tuple[Float[Tensor, "prompt edit"], Float[Tensor, " prompt"]]:
     """The metric of every prompt under every edit, and without any: all edits in one replay of each prompt's end."""
-    check_metric(metric)
-    if not all(row.answer for row in rows):
-        raise ValueError("answers are needed to measure an effect; pass one text per prompt")
     order = sorted(range(len(edits)), key=lambda i: min(edits[i].values))
 
     def write(layer: int, sites: list[int], prompts: list[int], x: Tensor) -> None:

@@ -22,7 +22,7 @@ from ivlens.models.comparison import evaluating
 from ivlens.models.precision import in_float32
 from ivlens.running.batches import out_of_memory
 from ivlens.running.masks import copy_masks
-from ivlens.running.scores import WHOLE_ANSWER, measure
+from ivlens.running.scores import WHOLE_ANSWER, check_metric, measure
 from ivlens.running.sites import Sites, SweepBatch, Swept
 from ivlens.running.tokens import TokenizedPrompt, common_beginning
 
@@ -62,6 +62,11 @@ class Sweep:
     ):
         if method not in ("auto", "replay", "full"):
             raise ValueError(f"method={method!r} is unknown; choose 'auto', 'replay' or 'full'")
+        check_metric(metric)
+        if not all(prompt.answer for prompt in prompts):
+            raise ValueError("answers are needed to measure an effect; pass one text per prompt")
+        if metric == "logit_difference" and distractors is None:
+            raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
         first = [layers[0] for layers in sites.layers]
         if first != sorted(first):
             raise ValueError("the first layers of the sites must be ascending")

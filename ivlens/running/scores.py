@@ -43,8 +43,6 @@ def measure(
         if metric == "logit":
             return chosen
         if metric == "logit_difference":
-            if distractors is None:
-                raise ValueError("metric='logit_difference' needs distractors: one wrong answer per prompt")
             wrong = first.gather(-1, distractors[:, None, None].expand(-1, first.shape[1], 1))[..., 0]
             return chosen - wrong.float()
         return (chosen - _log_normalizer(first)).exp()
