@@ -47,9 +47,8 @@ def _checked(rows: Any, keys: Sequence[str], path: Path, expected: str) -> list[
             value = row.get(key) if isinstance(row, Mapping) else None
             texts = value if isinstance(value, list) and key in SEVERAL else [value]
             if not all(isinstance(text, str) for text in texts):
-                raise ValueError(
-                    f"row {i} of {path} has no {'text under ' if value is not None else ''}{key!r}; expected {expected}"
-                )
+                what = f"text under {key!r}" if value is not None else repr(key)
+                raise ValueError(f"row {i} of {path} has no {what}; expected {expected}")
     return rows
 
 

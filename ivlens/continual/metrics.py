@@ -14,17 +14,8 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "MEASURES",
-    "backward_transfer",
-    "cut_in_forgetting",
-    "final",
-    "forgetting",
-    "interval",
-    "measures",
-    "plasticity",
-    "resampled",
-]
+__all__ = ["MEASURES", "backward_transfer", "cut_in_forgetting", "final", "forgetting", "interval", "measures"]
+__all__ += ["plasticity", "resampled"]
 
 MEASURES = ("OP", "OP change", "BWT", "GP", "GP change", "IP", "IP change", "plasticity", "forgetting", "stability")
 OF_BASE = ("OP", "GP", "IP")
@@ -121,10 +112,8 @@ def resampled(
     cells = [cell for task in sequence for cell in parts if cell[:2] == ("trained", task)]
     if [cell[1] for cell in cells] != list(sequence):
         scored = [f"{task} ({shots}-shot)" for kind, task, shots in parts if kind == "trained"]
-        raise ValueError(
-            f"sequence={list(sequence)} must have scores of every task under one number of demonstrations each; there are "
-            f"{', '.join(scored) or 'none'}: score what is missing"
-        )
+        needed = f"sequence={list(sequence)} must have scores of every task under one number of demonstrations each"
+        raise ValueError(f"{needed}; there are {', '.join(scored) or 'none'}: score what is missing")
     cells += [cell for cell in parts if cell[0] == "general"]
     methods = [method for method in dict.fromkeys(scores["method"]) if method != "base"]
     seeds = sorted(set(scores.loc[scores["method"] != "base", "seed"]))

@@ -49,10 +49,10 @@ class Plan:
         return done.agg(stages=("stage", "size"), done=("done", "sum"), minutes=("minutes", "sum")).reset_index()
 
     def __repr__(self) -> str:
-        return (
-            f"Plan(about {self.minutes:.0f} minutes: a step takes {self.step_seconds:.2f} s, scoring a stage "
-            f"{self.score_seconds:.0f} s; methods with a teacher or a penalty take longer)\n{self.table().to_string(index=False)}"
-        )
+        parts = f"a step takes {self.step_seconds:.2f} s, scoring a stage {self.score_seconds:.0f} s"
+        longer = "methods with a teacher or a penalty take longer"
+        table = self.table().to_string(index=False)
+        return f"Plan(about {self.minutes:.0f} minutes: {parts}; {longer})\n{table}"
 
     def _repr_html_(self) -> str:
         return table_html(self.stages, index=False)

@@ -78,11 +78,10 @@ class ContinualResults:
         """
         import pandas as pd
 
-        rows = [
-            {"method": method, "metric": metric, **interval(values), "n_prompts": self._n_prompts(metric)}
-            for method, found in self._resampled.items()
-            for metric, values in found.items()
-        ]
+        rows = []
+        for method, found in self._resampled.items():
+            told = {metric: interval(values) for metric, values in found.items()}
+            rows += [{"method": method, "metric": m, **x, "n_prompts": self._n_prompts(m)} for m, x in told.items()]
         return pd.DataFrame(rows)
 
     def by_seed(self) -> pd.DataFrame:
@@ -113,21 +112,16 @@ class ContinualResults:
             mine = self._resampled[method]
             found = {metric: interval(mine[metric] - theirs[metric]) for metric in MEASURES}
             found[CUT] = cut_in_forgetting(mine["forgetting"], theirs["forgetting"])
-            rows += [
-                {"method": method, "reference": reference, "metric": m, **x, "n_prompts": self._n_prompts(m)}
-                for m, x in found.items()
-            ]
+            about = {"method": method, "reference": reference}
+            rows += [{**about, "metric": m, **x, "n_prompts": self._n_prompts(m)} for m, x in found.items()]
         return pd.DataFrame(rows, columns=["method", "reference", "metric", *SUMMARY, "n_prompts"])
 
     def pareto(self) -> list[str]:
         """The finished methods that none exceeds in both stability and plasticity (or equals in one and exceeds in the other)."""
         means = self.to_dataframe().pivot(index="method", columns="metric", values="mean").reindex(self.methods)
         points = means.reindex(columns=["stability", "plasticity"]).dropna()
-        return [
-            method
-            for method, point in points.iterrows()
-            if not ((points >= point).all(axis=1) & (points > point).any(axis=1)).any()
-        ]
+        exceeded = [((points >= p).all(axis=1) & (points > p).any(axis=1)).any() for _, p in points.iterrows()]
+        return [method for method, worse in zip(points.index, exceeded) if not worse]
 
     def table(self) -> pd.DataFrame:
         """One row per method, in points with 95 % intervals; the cut in forgetting is against plain LoRA, where it was run."""
@@ -176,13 +170,8 @@ class ContinualResults:
         base = self.scores[self.scores["method"] == "base"]
         base = base.drop_duplicates(["kind", "task", "shots", "query" if "query" in base else "prompt"])
         trained, shown = base["kind"] == "trained", base["shots"] > 0
-        looked_at = {
-            "GP": ~trained & ~shown,
-            "IP": ~trained & shown,
-            "OP": trained,
-            "BWT": trained,
-            "plasticity": trained,
-        }
+        looked_at = {"GP": ~trained & ~shown, "IP": ~trained & shown}
+        looked_at |= dict.fromkeys(("OP", "BWT", "plasticity"), trained)
         return int(looked_at.get(metric.removesuffix(" change"), trained | ~trained).sum())
 
     def __repr__(self) -> str:
@@ -193,10 +182,8 @@ class ContinualResults:
 
     def _title(self) -> str:
         n_seeds = len(set(self.scores.loc[self.scores["method"] != "base", "seed"]))
-        return (
-            f"ContinualResults({len(self.methods)} method(s) on {self.metadata.get('model')}, {n_seeds} seed(s), "
-            f"{' → '.join(self.sequence)})"
-        )
+        methods = f"{len(self.methods)} method(s) on {self.metadata.get('model')}"
+        return f"ContinualResults({methods}, {n_seeds} seed(s), {' → '.join(self.sequence)})"
 
 
 def _points(row: Mapping[str, Any], unit: str = "") -> str:

@@ -60,22 +60,19 @@ def _warn_of_weak(vectors: Mapping[str, InstructionVector]) -> None:
     weak = [name for name, vector in vectors.items() if vector.metadata.get("accuracy", 1.0) < WEAK]
     if weak:
         does = "; ".join(vectors[name].metadata["search"] for name in weak)
-        warnings.warn(
-            f"with its vector in it, the model still answers little of {', '.join(weak)} ({does}). A teacher that can't do "
-            "the task holds training back: compare `lora` and `averaging`, or look for a better vector (other heads, "
-            "demonstrations)",
-            stacklevel=4,
-        )
+        weakly = f"with its vector in it, the model still answers little of {', '.join(weak)} ({does})"
+        why = "A teacher that can't do the task holds training back"
+        advice = "compare `lora` and `averaging`, or look for a better vector (other heads, demonstrations)"
+        warnings.warn(f"{weakly}. {why}: {advice}", stacklevel=4)
 
 
 def similarities(model: Any, experiment: Experiment, vectors: dict[str, InstructionVector]) -> dict[str, float]:
     """Cosine of each task's vector in this model with the base model's, over the same heads and prompts."""
-    return {
-        name: vector.cosine(
-            extract_vector(model, experiment.sequence[name], vector.heads, n_prompts=30, **_look(experiment))
-        )
-        for name, vector in vectors.items()
-    }
+    found = {}
+    for name, vector in vectors.items():
+        task = experiment.sequence[name]
+        found[name] = vector.cosine(extract_vector(model, task, vector.heads, n_prompts=30, **_look(experiment)))
+    return found
 
 
 def _look(experiment: Experiment) -> dict[str, Any]:
