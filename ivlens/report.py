@@ -203,17 +203,14 @@ def _cell(x: Any) -> str:
 def _generations(generations: Generations) -> str:
     """Side by side, line breaks kept, steered columns tinted."""
     columns = [("prompt", "", generations.prompts)]
-    columns += [(name, _tint(name), texts) for name, texts in generations.texts.items()]
+    tints = {n: "steered minus" if n.startswith(("−", "-")) else "steered" for n in generations.texts} | {
+        "no vector": ""
+    }
+    columns += [(name, tints[name], texts) for name, texts in generations.texts.items()]
     head = [f'<th class="{tint}">{_escape(name)}</th>' for name, tint, _ in columns]
     cells = [[f'<td class="text {tint}">{_lines(text)}</td>' for text in texts] for _, tint, texts in columns]
     table = _rows(head, cells, ' class="generations"')
     return f'<div class="scroll">{table}</div>'
-
-
-def _tint(condition: str) -> str:
-    if condition == "no vector":
-        return ""
-    return "steered minus" if condition.startswith(("−", "-")) else "steered"
 
 
 def _lines(text: str) -> str:

@@ -28,8 +28,6 @@ EXPECTED = {
 
 SEVERAL = ("output", "targets", "definition")  # may hold lists of texts
 
-# -- rows of files ------------------------------------------------------------------------------------------------------
-
 
 def checked_rows(path: Path, keys: Sequence[str], expected: str) -> list[Any]:
     """Rows of a file (see `tasks.files`), which all have the keys; the error names the layout that is expected."""
@@ -72,8 +70,6 @@ def sample(items: Sequence[Item], n: int | None, *, seed: int, name: str, argume
     random.Random(f"{seed}/{name}/{argument}").shuffle(shuffled)
     return tuple(shuffled[:n])
 
-
-# -- tasks of one layout each -------------------------------------------------------------------------------------------
 
 # Where prompts share no first line. The wordings from here on are ours.
 TRACE_INSTRUCTIONS = {"Py150": "Write the next line of the Python code."}

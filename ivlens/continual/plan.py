@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from ivlens.common.tables import table_html
@@ -17,9 +18,6 @@ from ivlens.models.loading import load_hf, load_model
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training.data import answer_dataset
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["Plan", "plan"]
 
@@ -60,8 +58,6 @@ class Plan:
 
 def plan(experiment: Experiment) -> Plan:
     """Time one step and one batch on the first task, and add up what isn't done yet."""
-    import pandas as pd
-
     step, score = _step_seconds(experiment), _score_seconds(experiment)
     steps = experiment.training["steps"] * int(experiment.training.get("gradient_accumulation_steps", 1))
 

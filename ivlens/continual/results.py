@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
 from ivlens.continual.metrics import MEASURES, cut_in_forgetting, interval, resampled
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["ContinualResults"]
@@ -58,7 +59,6 @@ class ContinualResults:
         """All but the base model."""
         return [method for method in dict.fromkeys(self.scores["method"]) if method != "base"]
 
-    # -- measures ---------------------------------------------------------------------------------------------------
     def matrix(self, method: str) -> pd.DataFrame:
         """Mean score over prompts and seeds after each stage (rows; 0 is the base) on each trained and general task."""
         frame = self.scores[self.scores["method"].isin(["base", self._known(method, "method")])]
@@ -76,8 +76,6 @@ class ContinualResults:
         The metrics are those of `ivlens.continual.metrics`, as shares of 1; OP is also what FVG calls FP. Intervals are a
         paired percentile bootstrap: 2000 resamples of the prompts, the same for all methods, seeds and stages.
         """
-        import pandas as pd
-
         rows = []
         for method, found in self._resampled.items():
             told = {metric: interval(values) for metric, values in found.items()}
@@ -86,8 +84,6 @@ class ContinualResults:
 
     def by_seed(self) -> pd.DataFrame:
         """One row per finished method and seed: every metric."""
-        import pandas as pd
-
         seeds = sorted(set(self.scores.loc[self.scores["method"] != "base", "seed"]))
         rows = [
             {"method": method, "seed": seed, **{m: float(x[0, i]) for m, x in self._resampled[method].items()}}
@@ -102,8 +98,6 @@ class ContinualResults:
         The last metric of each method is the cut in forgetting: 1 − its forgetting / the reference's, NaN where that is not
         above zero.
         """
-        import pandas as pd
-
         theirs = self._resampled[self._known(reference, "reference")]
         rows = []
         for method in self.methods:
@@ -136,7 +130,6 @@ class ContinualResults:
         table.columns.name = None
         return table.fillna("–")
 
-    # -- looking at it, keeping it ----------------------------------------------------------------------------------
     def plot(self, kind: str = "scatter") -> go.Figure:
         """`scatter`: stability against plasticity; `matrix`: scores after every stage; `similarity`: instruction vectors along
         the sequence; `general`: tasks not trained on."""
@@ -152,8 +145,6 @@ class ContinualResults:
     @classmethod
     def load(cls, path: str | Path) -> ContinualResults:
         """Load what `save` wrote."""
-        import pandas as pd
-
         content = read_json(path, "continual")
         return cls(*(pd.DataFrame(content[name]) for name in FRAMES), content["metadata"])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
@@ -140,7 +141,8 @@ def run(
 
         vectors = base_vectors(what, progress=progress)
     if what.scores(what.folder / "base") is None:
-        _score_base(what)
+        found = _scores(what, load_model(what.model, backend="bridge", dtype=what.dtype))
+        what.keep_scores(what.folder / "base", {"scores": found})
     previous: TrainingRun | None = None
     with tqdm(total=len(list(what.stops())), desc="stages", disable=not progress) as bar:
         for stop in what.stops():
@@ -216,11 +218,6 @@ def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str
     what.keep_scores(stop.folder, found)
 
 
-def _score_base(what: Experiment) -> None:
-    model = load_model(what.model, backend="bridge", dtype=what.dtype)
-    what.keep_scores(what.folder / "base", {"scores": _scores(what, model)})
-
-
 def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
     backend, found = backend_of(model), []
     for kind, task, look in what.looks():
@@ -232,8 +229,6 @@ def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
 
 def _results(what: Experiment) -> ContinualResults:
     """Of all stages that are scored."""
-    import pandas as pd
-
     scores, similarity, costs = [*_rows("base", 0, 0, what.scores(what.folder / "base"))], [], []
     for stop in what.stops():
         found = what.scores(stop.folder) if stop.trained else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens.plots import maps
@@ -16,8 +17,6 @@ from ivlens.plots.traces import before_after, rate, task_lines, task_rows
 from ivlens.plots.words import counted, escaped, span, unit, which_tasks, with_minus
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ivlens.dynamics import Change, Snapshot
 
 __all__ = ["plot_change"]
@@ -41,7 +40,6 @@ def plot_change(change: Change, kind: str = "tasks") -> go.Figure:
     return KINDS[kind](change)
 
 
-# -- per task ----------------------------------------------------------------------------------------------------------
 def _plot_tasks(change: Change) -> go.Figure:
     tasks, later = change.task_names, change.snapshots[1:]
     if _steps(change) is not None:
@@ -67,8 +65,6 @@ def _plot_tasks(change: Change) -> go.Figure:
 
 def _accuracies(change: Change, snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     """Per task, over the prompts of all snapshots."""
-    import pandas as pd
-
     rows = []
     for task in change.task_names:
         hits = [hit for s in snapshots for hit in s.accuracy[task].tolist()]
@@ -88,7 +84,6 @@ def _plot_matrix(change: Change) -> go.Figure:
     return finish(figure, "Each task's vector before training against each after", notes, **size)
 
 
-# -- lines -------------------------------------------------------------------------------------------------------------
 def _plot_trajectory(change: Change) -> go.Figure:
     steps, labels = _steps(change), [s.label for s in change.snapshots]
     x = list(range(len(labels))) if steps is None else steps
@@ -124,10 +119,9 @@ def _plot_hidden(change: Change) -> go.Figure:
     figure.update_yaxes(title_text="cosine with the base's vector", **ZERO)
     figure.update_layout(legend=legend_above())
     amount = f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks"
-    notes = [
-        f"after: {escaped(last.label)} · {amount} · residual stream after each layer, at the last prompt token, "
-        f"{span([len(hits) for hits in base.accuracy.values()])} prompts per task"
-    ]
+    n = span([len(hits) for hits in base.accuracy.values()])
+    where = f"residual stream after each layer, at the last prompt token, {n} prompts per task"
+    notes = [f"after: {escaped(last.label)} · {amount} · {where}"]
     title = "How near the residual stream lies to the base's vector"
     return finish(figure, title, notes, width=620, height=320, right=28, extra_top=34)
 
@@ -138,7 +132,6 @@ def _steps(change: Change) -> list[int] | None:
     return None if None in steps or sorted(set(steps)) != steps else steps
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
 def _plot_effects(change: Change) -> go.Figure:
     base, last = change.base, change.snapshots[-1]
     for snapshot in (base, last):
@@ -160,10 +153,8 @@ def _plot_effects(change: Change) -> go.Figure:
             figure.update_yaxes(title_text=None, showticklabels=False, row=1, col=column)
     maps.colorbar(figure, "effect")
     n = span([len(s.effects.values) for s in (base, last)])
-    notes = [
-        f"after: {escaped(last.label)} · average indirect effect on {unit(base.effects.metric)} · "
-        f"{which_tasks(base.effects.task_names)}, {n} prompts · one colour scale for all"
-    ]
+    what = f"average indirect effect on {unit(base.effects.metric)} · {which_tasks(base.effects.task_names)}"
+    notes = [f"after: {escaped(last.label)} · {what}, {n} prompts · one colour scale for all"]
     title = "Effects of heads before and after training"
     return finish(figure, title, notes, **size, right=96, extra_top=20)
 

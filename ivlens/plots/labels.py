@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ivlens.plots.style import escaped
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from ivlens.plots.words import escaped
 
 __all__ = ["labels_beside"]
 
@@ -23,12 +22,8 @@ def labels_beside(
 ) -> list[dict[str, Any]]:
     """A name beside every point, tied to it by a thin line, where it covers the least of points, names and intervals.
 
-    Parameters
-    ----------
-    x, y
-        A row per point: `mean`, `low`, `high`; named by the index.
-    ranges, size
-        Of the axes, in their units and in pixels.
+    `x` and `y` have a row per point (`mean`, `low`, `high`), named by the index; `ranges` and `size` of the axes are in their
+    units and in pixels.
     """
 
     def pixel(value: float, axis: int) -> float:

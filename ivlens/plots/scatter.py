@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens.plots.colours import FAINT, TASK_COLOURS
@@ -14,8 +14,6 @@ from ivlens.plots.style import ZERO, finish, panels
 from ivlens.plots.words import escaped
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ivlens.dynamics import Change
 
 __all__ = ["plot_scatter"]
@@ -35,7 +33,9 @@ def plot_scatter(change: Change) -> go.Figure:
     points, found = change.points(), change.correlations().to_dict("records")
     columns = min(3, len(found))
     rows = math.ceil(len(found) / columns)
-    figure, size = panels(rows, columns, (250, 220), (36, 84), [_r2(row) for row in found])
+    titles = [f"R² {x['r2']:.2f} [{x['r2_low']:.2f}, {x['r2_high']:.2f}]" for x in found]
+    titles = ["R²: too few points" if math.isnan(x["r2"]) else title for x, title in zip(found, titles)]
+    figure, size = panels(rows, columns, (250, 220), (36, 84), titles)
     for i, name in enumerate(row["predictor"] for row in found):
         where = {"row": i // columns + 1, "col": i % columns + 1}
         for j, task in enumerate(change.task_names):
@@ -53,12 +53,6 @@ def plot_scatter(change: Change) -> go.Figure:
     right = int(7 * max(map(len, change.task_names))) + 68
     title = "Similarity to the base against the change in accuracy"
     return finish(figure, title, notes, **size, left=14, right=right, extra_top=24)
-
-
-def _r2(found: Mapping[str, float]) -> str:
-    if math.isnan(found["r2"]):
-        return "R²: too few points"
-    return f"R² {found['r2']:.2f} [{found['r2_low']:.2f}, {found['r2_high']:.2f}]"
 
 
 def _dots(part: pd.DataFrame, name: str, task: str, number: int) -> go.Scatter:

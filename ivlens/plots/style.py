@@ -70,7 +70,6 @@ def finish(
     return figure
 
 
-# -- axes and legends --------------------------------------------------------------------------------------------------
 def bare() -> dict[str, Any]:
     return {"showgrid": False, "zeroline": False}
 
@@ -96,7 +95,6 @@ def legend_lines(names: Sequence[str], width: int) -> int:
     return 1 if sum(widths) <= width else math.ceil(len(widths) / max(1, width // max(widths)))
 
 
-# -- labels ------------------------------------------------------------------------------------------------------------
 def task_labels(tasks: Sequence[str], width: int) -> tuple[dict[str, str], int, int]:
     """Labels that fit below a group of bars `width` pixels wide, their angle, and the height they need beyond a line.
 

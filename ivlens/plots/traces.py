@@ -29,7 +29,6 @@ def error_bars(mean: Sequence[float], low: Sequence[float], high: Sequence[float
     return {"array": up, "arrayminus": down, "symmetric": False, "color": colour, "thickness": 1.2, "width": 2}
 
 
-# -- bars --------------------------------------------------------------------------------------------------------------
 def task_bars(
     frame: pd.DataFrame, tasks: Sequence[str], conditions: Sequence[str], name: str, *, share: bool = True
 ) -> tuple[go.Figure, dict[str, int]]:
@@ -76,7 +75,6 @@ def _bars(part: pd.DataFrame, condition: str, colour: str, digits: str) -> go.Ba
     )
 
 
-# -- a row per task ----------------------------------------------------------------------------------------------------
 def task_rows(tasks: Sequence[str], titles: Sequence[str], *, panel: int = 320) -> tuple[go.Figure, dict[str, int]]:
     """Panels side by side with a row per task, the first at the top; and what `finish` must know."""
     height = max(110, (34 if len(tasks) <= 12 else 26) * len(tasks))
@@ -125,7 +123,6 @@ def before_after(
         figure.add_trace(points, 1, column)
 
 
-# -- lines -------------------------------------------------------------------------------------------------------------
 def task_lines(
     figure: go.Figure,
     x: Sequence[int],
