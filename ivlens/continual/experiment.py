@@ -32,18 +32,12 @@ RESERVED = ("base", "vectors")  # what lies in the folder beside the methods
 
 @dataclass(frozen=True)
 class Stop:
-    """One stage of one method and seed: training on a task, then scoring all of them.
-
-    Attributes
-    ----------
-    number
-        From 1; the base model before all training is stage 0.
-    """
+    """One stage of one method and seed: training on a task, then scoring all of them."""
 
     label: str
     method: Method
     seed: int
-    number: int
+    number: int  # from 1; the base model before all training is stage 0
     task: str
     folder: Path
 

@@ -17,8 +17,7 @@ from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.running.reading import read_prompts
-from ivlens.running.tokens import TokenizedPrompt, tokenize
-from ivlens.tasks.prompts import Prompt
+from ivlens.running.tokens import TokenizedPrompt
 from ivlens.vectors.extraction import vector_from_heads
 from ivlens.vectors.vector import InstructionVector
 
@@ -32,12 +31,7 @@ class TaskPrompts:
     """What every checkpoint is shown of a task: prompts behind the vector (training split), and prompts to answer."""
 
     mean: list[TokenizedPrompt]
-    answered: list[TokenizedPrompt]
-
-    @classmethod
-    def of(cls, backend: Any, mean: Sequence[Prompt], answered: Sequence[Prompt]) -> TaskPrompts:
-        # Only the answered prompts need their answers.
-        return cls([TokenizedPrompt(row.prompt) for row in tokenize(backend, mean)], tokenize(backend, answered))
+    answered: list[TokenizedPrompt]  # these alone have their answers
 
 
 @dataclass(frozen=True)

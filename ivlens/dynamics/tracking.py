@@ -16,6 +16,7 @@ from ivlens.models.checkpoints import open_checkpoints
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.locating import locate_heads
+from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task, same_input
@@ -94,7 +95,8 @@ def track(
         base = None if folder is None else key(hooked)
         answered = {name: build_prompts(task, n=n_prompts, split=split, **look) for name, task in suite.items()}
         means = {n: build_prompts(task, n=n_mean, split="train", repeat=True, **look) for n, task in suite.items()}
-        prompts = {name: TaskPrompts.of(backend, means[name], answered[name]) for name in suite}
+        bare = {n: [TokenizedPrompt(row.prompt) for row in tokenize(backend, each)] for n, each in means.items()}
+        prompts = {name: TaskPrompts(bare[name], tokenize(backend, answered[name])) for name in suite}
     kind = "shuffled_labels" if shots >= 2 else "no_instruction"
     sweep = {"n_mean": 20, "counterfactual": kind, "progress": False, **look}
     queries = {name: [same_input(prompt.query) for prompt in each] for name, each in answered.items()}

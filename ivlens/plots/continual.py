@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from ivlens.plots import maps
 from ivlens.plots.colours import FAINT, INK, MARK, method_colours
 from ivlens.plots.labels import labels_beside
-from ivlens.plots.style import ZERO, bare, finish, panels, task_labels, ticks
+from ivlens.plots.style import BARE, ZERO, finish, panels, task_labels, ticks
 from ivlens.plots.traces import error_bars, task_lines, task_rows
 from ivlens.plots.words import counted, escaped, span, with_minus
 
@@ -121,8 +121,8 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
         below = i + across >= len(tables)
         figure.update_xaxes(**ticks([escaped(c) for c in columns]), showticklabels=below, tickangle=angle, **where)
         figure.update_yaxes(**ticks(after), showticklabels=where["col"] == 1, **where)
-    figure.update_xaxes(**bare())
-    figure.update_yaxes(**bare(), autorange="reversed", ticklabelstandoff=4)
+    figure.update_xaxes(**BARE)
+    figure.update_yaxes(**BARE, autorange="reversed", ticklabelstandoff=4)
     bar = {"len": min(260, size["height"]), "lenmode": "pixels", "y": 1, "yanchor": "top"}
     maps.colorbar(figure, "points", **bar, x=1 + 14 / size["width"], xanchor="left")
     base = results.scores[results.scores["method"] == "base"]

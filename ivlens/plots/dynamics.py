@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from ivlens.plots import maps
 from ivlens.plots.colours import BEFORE_AFTER, COLOURS, MARK
 from ivlens.plots.scatter import plot_scatter
-from ivlens.plots.style import ZERO, finish, legend_above, panels, tick_step
+from ivlens.plots.style import LEGEND_ABOVE, ZERO, finish, panels, tick_step
 from ivlens.plots.traces import before_after, rate, task_lines, task_rows
 from ivlens.plots.words import counted, escaped, span, unit, which_tasks, with_minus
 
@@ -101,7 +101,7 @@ def _plot_trajectory(change: Change) -> go.Figure:
         figure.update_xaxes(title_text=None, tickvals=x, ticktext=[escaped(label) for label in labels])
         figure.update_xaxes(tickangle=-45 if slanted else 0)
         room = int(5.2 * max(map(len, labels))) - 20 if slanted else -20
-    figure.update_layout(legend=legend_above())
+    figure.update_layout(legend=LEGEND_ABOVE)
     n = span([len(hits) for s in change.snapshots for hits in s.accuracy.values()])
     notes = [f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks · {n} prompts each"]
     extra = {"right": 28, "extra_top": 34, "extra_bottom": room}
@@ -117,7 +117,7 @@ def _plot_hidden(change: Change) -> go.Figure:
     figure.update_xaxes(title_text="layer", dtick=tick_step(len(layers), 20), zeroline=False)
     figure.update_xaxes(range=[-0.5, len(layers) - 0.5])
     figure.update_yaxes(title_text="cosine with the base's vector", **ZERO)
-    figure.update_layout(legend=legend_above())
+    figure.update_layout(legend=LEGEND_ABOVE)
     amount = f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks"
     n = span([len(hits) for hits in base.accuracy.values()])
     where = f"residual stream after each layer, at the last prompt token, {n} prompts per task"
