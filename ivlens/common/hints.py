@@ -1,11 +1,12 @@
-"""What to say of a name that isn't known."""
+"""What to say of a name that isn't known, and of an error from elsewhere."""
 
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
-__all__ = ["hint"]
+__all__ = ["hint", "reason"]
 
 
 def hint(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
@@ -23,3 +24,8 @@ def hint(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return otherwise or f"choose from {', '.join(known)}"
+
+
+def reason(error: Exception) -> str:
+    """Its kind and what it says, in one line, cut short where a library lists all it knows."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")

@@ -39,12 +39,15 @@ class Recipe:
 
 
 def _natural_instructions(*numbers: int) -> Recipe:
-    tasks, url = tuple(f"task{number:03d}" for number in numbers), "https://github.com/allenai/natural-instructions"
-    return Recipe(tasks, "natural-instructions", url, "Apache-2.0", hub="Muennighoff/natural-instructions")
+    return Recipe(
+        tuple(f"task{number:03d}" for number in numbers),
+        "natural-instructions",
+        "https://github.com/allenai/natural-instructions",
+        "Apache-2.0",
+        hub="Muennighoff/natural-instructions",
+    )
 
 
-_LONG = ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB")
-_LONG += ("SST-2", "dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC")
 RECIPES = {
     "func": Recipe(
         ("last_then_spanish", "alphabetically_first", "object_counting", "synonym_choice"),
@@ -59,7 +62,24 @@ RECIPES = {
         "Apache-2.0; its sources have licences of their own, FOMC (CC BY-NC 4.0) and ScienceQA (CC BY-NC-SA 4.0) among them",
     ),
     "long": Recipe(
-        _LONG,  # as its code runs them; `suite.subset([...])` gives another order
+        # As its code runs them; `suite.subset([...])` gives another order.
+        (
+            "yelp",
+            "amazon",
+            "MNLI",
+            "CB",
+            "COPA",
+            "QQP",
+            "RTE",
+            "IMDB",
+            "SST-2",
+            "dbpedia",
+            "agnews",
+            "yahoo",
+            "MultiRC",
+            "BoolQA",
+            "WiC",
+        ),
         "o-lora",
         "https://github.com/cmnfriend/O-LoRA",
         "those of the fifteen data sets",
@@ -71,7 +91,12 @@ RECIPES = {
 
 
 def load_sequence(
-    name: str, folder: str | Path | None = None, *, n_train: int | None = None, n_test: int | None = None, seed: int = 0
+    name: str,
+    folder: str | Path | None = None,
+    *,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
 ) -> TaskSuite:
     """A benchmark's tasks in its order of training.
 
@@ -110,15 +135,18 @@ def load_sequence(
     else:
         place = _download(name, recipe) if folder is None else Path(folder)
         if not place.is_dir():
-            by_hand = f"download {recipe.url} and pass the folder with {EXPECTED[recipe.layout]}"
-            raise FileNotFoundError(f"no folder {place}; {by_hand}")
+            raise FileNotFoundError(
+                f"no folder {place}; download {recipe.url} and pass the folder with {EXPECTED[recipe.layout]}"
+            )
         tasks = [READERS[recipe.layout](place, task) for task in recipe.tasks]
-    sampled = []
-    for task in tasks:
-        train = sample(task.train, n_train, seed=seed, name=task.name, argument="n_train")
-        test = sample(task.test, n_test, seed=seed, name=task.name, argument="n_test")
-        sampled.append(replace(task, train=train, test=test))
-    return TaskSuite(sampled)
+    return TaskSuite(
+        replace(
+            task,
+            train=sample(task.train, n_train, seed=seed, name=task.name, argument="n_train"),
+            test=sample(task.test, n_test, seed=seed, name=task.name, argument="n_test"),
+        )
+        for task in tasks
+    )
 
 
 def _download(name: str, recipe: Recipe) -> Path:

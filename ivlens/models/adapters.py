@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ivlens.common.hints import reason
+
 __all__ = [
     "adapter_distance",
     "adapter_weights",
@@ -91,9 +93,8 @@ def add_adapter(
             return hf_model
         return PeftModel.from_pretrained(hf_model, str(path), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
-            f"the adapter {path} doesn't fit {label} ({reason}); load it with the base it was trained on"
+            f"the adapter {path} doesn't fit {label} ({reason(error)}); load it with the base it was trained on"
         ) from error
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ivlens.common.hints import reason
 from ivlens.models.backends import backend_of
 
 __all__ = ["Reference", "evaluating", "without_training"]
@@ -54,13 +55,22 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, hf_model: Any, tokenizer: Any) -> Reference:
+    def of(cls, hf_model: Any, tokenizer: Any, label: str) -> Reference:
+        """Raise ValueError where the model doesn't continue text: it gives no logits, or they depend on what comes later."""
         ids = tokenizer.encode(TEXT, add_special_tokens=True)[:MOST] or [0]
-        vocabulary = hf_model.config.get_text_config().vocab_size
+        half, otherwise = len(ids) // 2, "ivlens measures models that continue text, such as GPT, Llama or Gemma"
         device = next((p.device for p in hf_model.parameters() if not p.is_meta), torch.device("cpu"))
-        tokens = torch.tensor([ids], device=device) % vocabulary
-        with evaluating(hf_model):
-            return cls(tokens, hf_model(input_ids=tokens, use_cache=False).logits[0].float().cpu())
+        try:
+            tokens = torch.tensor([ids, ids[:half] + ids[half:][::-1]], device=device)
+            tokens %= hf_model.config.get_text_config().vocab_size
+            with evaluating(hf_model):
+                logits, other = hf_model(input_ids=tokens, use_cache=False).logits[:, :, :].float().cpu()
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{label} gives no logits for tokens alone ({reason(error)}); {otherwise}") from error
+        most = (1e-3 if _dtype(hf_model) == torch.float32 else 0.05) * logits.abs().max()
+        if half and (logits[:half] - other[:half]).abs().max() > most:
+            raise ValueError(f"{label} reads ahead: what it says of a token depends on later ones; {otherwise}")
+        return cls(tokens[:1], logits)
 
     @torch.no_grad()
     def check(self, model: Any, label: str) -> None:

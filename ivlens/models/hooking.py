@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from ivlens.common.hints import reason
 from ivlens.models.adapters import merged
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import Reference
 
 __all__ = ["check_in_memory", "hook_model", "is_placed", "text_part", "to_bridge", "tokenizing_backend", "with_path"]
+
+FAILURES = (ValueError, RuntimeError, KeyError, AttributeError, TypeError, IndexError, AssertionError)
 
 
 def is_placed(hf_model: Any) -> bool:
@@ -91,18 +94,17 @@ def hook_model(hf_model: Any, tokenizer: Any, label: str, backend: str, placed: 
             model = _to_hooked(hooked, hf_model, tokenizer, label)
             reference.check(model, label)
             return model
-        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
+        except FAILURES as error:
             if backend == "hooked":
                 raise ValueError(
-                    f"HookedTransformer can't convert {label} ({type(error).__name__}: {error}); use backend='bridge'"
+                    f"HookedTransformer can't convert {label} ({reason(error)}); use backend='bridge'"
                 ) from error
     try:
         model = to_bridge(hf_model, tokenizer, label)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError, AssertionError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"transformer-lens can't hook {label} ({reason}); use another model") from error
+    except FAILURES as error:
+        raise ValueError(f"transformer-lens can't hook {label} ({reason(error)}); use another model") from error
     backend_of(model).check_hooks()
     reference.check(model, label)
     return model
@@ -158,6 +160,10 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
         hf_model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         cfg = loading.get_pretrained_model_config(folder, device=hf_model.device, dtype=hf_model.dtype)
+        kinds = getattr(hf_model.config, "layer_types", None) or ()
+        rope = getattr(hf_model.config, "rope_parameters", None) or {}
+        if ("sliding_attention" in kinds and not cfg.use_local_attn) or rope.get("rope_type") == "longrope":
+            raise ValueError("long prompts are read otherwise, through windows or longrope, which it doesn't convert")
         state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
     cfg.model_name, cfg.tokenizer_name = label, None
     model = cls(cfg, tokenizer, move_to_device=False)

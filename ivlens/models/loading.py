@@ -84,7 +84,7 @@ def load_model(
             hf_model = hf_model.to(wanted)
     hf_model.eval()
     check_kind(getattr(hf_model, "active_peft_config", None), label)
-    reference = Reference.of(hf_model, tokenizer)
+    reference = Reference.of(hf_model, tokenizer, label)
     if fused := fused_adapters(hf_model):
         done = "left out, being switched off" if switched_off(hf_model) else "merged"
         warnings.warn(

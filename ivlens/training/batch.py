@@ -46,14 +46,21 @@ class Collator(DataCollatorForSeq2Seq):
 class Batch:
     """What the collator gives, sorted.
 
-    `where` says which positions each divergence is over, by name, and at which ones a teacher is `kept`: all that any needs.
+    Attributes
+    ----------
+    inputs
+        What a model takes.
+    last
+        Position of each row's last prompt token.
+    where
+        Which positions each divergence is over, by name, and at which ones a teacher is `kept`: all that any needs.
     """
 
-    inputs: dict[str, Tensor]  # what a model takes
+    inputs: dict[str, Tensor]
     labels: Int[Tensor, "row pos"]
     tasks: Int[Tensor, " row"]
     examples: Int[Tensor, " row"]
-    last: Int[Tensor, " row"]  # position of the last prompt token
+    last: Int[Tensor, " row"]
     where: dict[str, Bool[Tensor, "row pos"]]
 
     @classmethod
