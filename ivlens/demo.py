@@ -50,7 +50,8 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
         scores = evaluate(model, tasks, vectors=vectors, n_prompts=60, reference_shots=10, seed=seed)
         scores.save(out / "evaluation.json")
     with _timed("generate", seconds):
-        steered = _side_by_side(model, vectors)
+        prompts = {name: [f"Q: {word}\nA:" for word in words] for name, words in SHOWN.items()}
+        steered = {n: generate(model, x, vector=vectors[n], max_new_tokens=6) for n, x in prompts.items()}
         tables = {name: table.to_dataframe().to_dict("records") for name, table in steered.items()}
         (out / "generations.json").write_text(json.dumps(tables, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (out / "heatmap.png").unlink(missing_ok=True)
@@ -78,13 +79,6 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
             warnings.filterwarnings("ignore", message="the best scale stands at the edge")  # the report says so
             searches[task.name] = tune_injection(model, task, vector, layers=layers, scales=SCALES, n_prompts=20)
     return searches
-
-
-def _side_by_side(model: Any, vectors: dict[str, InstructionVector]) -> dict[str, Generations]:
-    return {
-        name: generate(model, [f"Q: {word}\nA:" for word in words], vector=vectors[name], max_new_tokens=6)
-        for name, words in SHOWN.items()
-    }
 
 
 def _report(

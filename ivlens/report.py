@@ -75,6 +75,9 @@ def write_report(
     titles = [f'<li><a href="#section-{i}">{_escape(s.title)}</a></li>' for i, s in enumerate(sections, start=1)]
     contents = f'<nav aria-label="Contents"><h2>Contents</h2><ol>{"".join(titles)}</ol></nav>\n' if titles else ""
     body = "".join(_section(i, section) for i, section in enumerate(sections, start=1))
+    rows = "".join(f"<tr><th>{_escape(k)}</th><td>{_escape(v)}</td></tr>" for k, v in (about or {}).items())
+    table = f'<div class="scroll"><table class="about"><tbody>{rows}</tbody></table></div>'
+    settings = f"<h2>About</h2>{table}" if rows else ""
     script = ""
     if any(isinstance(item, go.Figure) for section in sections for item in section.items):
         from plotly.offline import get_plotlyjs
@@ -85,7 +88,7 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{STYLE}</style>\n{script}\n</head>\n<body>\n<main>\n"
         f"<header><h1>{_escape(title)}</h1>{_paragraphs(summary)}</header>\n"
-        f"{contents}{body}<footer>{_about(about or {})}<p>Made with ivlens {_escape(__version__)}.</p></footer>\n"
+        f"{contents}{body}<footer>{settings}<p>Made with ivlens {_escape(__version__)}.</p></footer>\n"
         "</main>\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,26 +206,18 @@ def _cell(x: Any) -> str:
 def _generations(generations: Generations) -> str:
     """Side by side, line breaks kept, steered columns tinted."""
     columns = [("prompt", "", generations.prompts)]
-    columns += [(name, _tint(name), texts) for name, texts in generations.texts.items()]
+    tints = {n: "steered minus" if n.startswith(("−", "-")) else "steered" for n in generations.texts} | {
+        "no vector": ""
+    }
+    columns += [(name, tints[name], texts) for name, texts in generations.texts.items()]
     head = [f'<th class="{tint}">{_escape(name)}</th>' for name, tint, _ in columns]
     cells = [[f'<td class="text {tint}">{_lines(text)}</td>' for text in texts] for _, tint, texts in columns]
     table = _rows(head, cells, ' class="generations"')
     return f'<div class="scroll">{table}</div>'
 
 
-def _tint(condition: str) -> str:
-    if condition == "no vector":
-        return ""
-    return "steered minus" if condition.startswith(("−", "-")) else "steered"
-
-
 def _lines(text: str) -> str:
     return _escape(text).replace("\n", '<span class="break"></span>\n')
-
-
-def _about(about: Mapping[str, str]) -> str:
-    rows = "".join(f"<tr><th>{_escape(key)}</th><td>{_escape(value)}</td></tr>" for key, value in about.items())
-    return f'<h2>About</h2><div class="scroll"><table class="about"><tbody>{rows}</tbody></table></div>' if rows else ""
 
 
 # The browser itself is told to fetch nothing. Some of plotly's traces make functions from text, hence unsafe-eval.

@@ -93,9 +93,6 @@ def print_table(frame: pd.DataFrame, title: str) -> None:
         side = "right" if frame[column].dtype.kind in "fi" else "left"
         table.add_column(Text(str(column)), justify=side, overflow="fold")
     for row in frame.itertuples(index=False):
-        table.add_row(*(Text(f"{x:.3g}" if isinstance(x, float) else _on_one_line(str(x))) for x in row))
+        shown = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row]
+        table.add_row(*(Text(repr(text)[1:-1] if "\n" in text else text) for text in shown))
     Console().print(table)
-
-
-def _on_one_line(text: str) -> str:
-    return repr(text)[1:-1] if "\n" in text else text

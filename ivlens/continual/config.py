@@ -47,7 +47,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     options["sequence"] = _sequence(content["sequence"], path.parent)
     options["general"] = _general(content.get("general") or (), path.parent)
     if "methods" in content:
-        options["methods"] = _methods(content["methods"])
+        named = content["methods"]
+        named = named if isinstance(named, Mapping) else {name: name for name in named}
+        options["methods"] = {
+            k: _with_options(k, x) if isinstance(x, Mapping) else as_method(x) for k, x in named.items()
+        }
     if isinstance(content.get("lora"), Mapping):
         from peft import LoraConfig
 
@@ -94,12 +98,6 @@ def _task(entry: Any, folder: Path) -> Task:
         options = {key: value for key, value in entry.items() if key != "file"}
         return Task.from_file(folder / entry["file"], **options)
     return Task.from_file(folder / entry) if "." in entry else load_tasks(entry)[entry]
-
-
-def _methods(given: Any) -> dict[str, Method]:
-    if not isinstance(given, Mapping):
-        return {name: as_method(name) for name in given}
-    return {label: as_method(x) if isinstance(x, str) else _with_options(label, x) for label, x in given.items()}
 
 
 def _with_options(label: str, given: Mapping[str, Any]) -> Method:

@@ -32,18 +32,12 @@ RESERVED = ("base", "vectors")  # what lies in the folder beside the methods
 
 @dataclass(frozen=True)
 class Stop:
-    """One stage of one method and seed: training on a task, then scoring all of them.
-
-    Attributes
-    ----------
-    number
-        From 1; the base model before all training is stage 0.
-    """
+    """One stage of one method and seed: training on a task, then scoring all of them."""
 
     label: str
     method: Method
     seed: int
-    number: int
+    number: int  # from 1; the base model before all training is stage 0
     task: str
     folder: Path
 
@@ -84,19 +78,16 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if len(self.sequence) < 2:
-            raise ValueError(
-                f"the sequence has {len(self.sequence)} task; forgetting needs at least two, one after the other"
-            )
+            needed = "forgetting needs at least two, one after the other"
+            raise ValueError(f"the sequence has {len(self.sequence)} task; {needed}")
         if twice := [name for name in self.general if name in self.sequence]:
-            raise ValueError(
-                f"task(s) {', '.join(twice)} are both trained on and general; leave them out of one of the two"
-            )
+            both = f"task(s) {', '.join(twice)} are both trained on and general"
+            raise ValueError(f"{both}; leave them out of one of the two")
         if not self.methods or not self.seeds:
             raise ValueError("no methods or no seeds given; pass at least one of each")
         if self.training["lora"] is False:
-            raise ValueError(
-                "lora=False trains every weight, and stages go on from each other's adapter; leave lora out or pass a peft config"
-            )
+            why = "lora=False trains every weight, and stages go on from each other's adapter"
+            raise ValueError(f"{why}; leave lora out or pass a peft config")
         as_dtype(self.training["dtype"])
         for what, names in (("labels", [*RESERVED, *self.methods]), ("tasks", list(self.sequence))):
             paths = [safe_name(name).lower() for name in names]
@@ -105,11 +96,12 @@ class Experiment:
         for general in self.general.values():
             for trained in self.sequence.values():
                 if shared := overlapping(general, trained):
-                    warnings.warn(
-                        f"{len(shared)} test input(s) of the general task {general.name!r} stand in the training data of "
-                        f"{trained.name!r} (such as {shared[0][:60]!r}): its score after training says little about forgetting",
-                        stacklevel=4,
+                    there = (
+                        f"{len(shared)} test input(s) of the general task {general.name!r} stand in the training data"
                     )
+                    which = f"of {trained.name!r} (such as {shared[0][:60]!r})"
+                    what = "its score after training says little about forgetting"
+                    warnings.warn(f"{there} {which}: {what}", stacklevel=4)
 
     def stops(self) -> Iterator[Stop]:
         """All stages, in the order they run."""
@@ -150,36 +142,25 @@ class Experiment:
 
     def settle(self) -> None:
         """Note what this folder's stages are trained with; raise ValueError if they were trained otherwise, or aren't ours."""
-        settings = {
-            "model": [self.model, files_key(self.model) if Path(self.model).is_dir() else None],
-            "sequence": list(self.sequence.values()),
-            "training": self.training,
-            "heads_per_vector": self.heads_per_vector,
-            "vector_shots": self.vector_shots,
-        }
+        model = [self.model, files_key(self.model) if Path(self.model).is_dir() else None]
+        settings = {"model": model, "sequence": list(self.sequence.values()), "training": self.training}
+        settings |= {"heads_per_vector": self.heads_per_vector, "vector_shots": self.vector_shots}
         training = {name: describe_config(x) if hasattr(x, "to_dict") else x for name, x in self.training.items()}
-        shown = {
-            "model": self.model,
-            "sequence": self.sequence.names,
-            "training": json.loads(json.dumps(training, default=str)),
-        }
+        shown = {"model": self.model, "sequence": self.sequence.names}
+        shown["training"] = json.loads(json.dumps(training, default=str))
         mine, path = recorded(settings, shown), self.folder / PLAN
         if path.is_file():
             if what := differences(read_json(path, KIND), mine):
-                raise ValueError(
-                    f"{self.folder} holds another experiment ({what}); choose another folder or remove that one"
-                )
+                there = f"{self.folder} holds another experiment ({what})"
+                raise ValueError(f"{there}; choose another folder or remove that one")
         elif foreign := [name for name in (*RESERVED, *map(safe_name, self.methods)) if (self.folder / name).exists()]:
-            raise ValueError(
-                f"{self.folder} holds {', '.join(foreign)}, but no {PLAN} of ivlens; choose another folder"
-            )
+            there = f"{self.folder} holds {', '.join(foreign)}, but no {PLAN} of ivlens"
+            raise ValueError(f"{there}; choose another folder")
         else:
             write_json(path, KIND, mine)
         for stop in self.stops():
             if (stop.folder / SETTINGS).is_file():
                 there = json.loads((stop.folder / SETTINGS).read_text(encoding="utf-8"))
                 if there.get("keys", {}).get("method") != key(stop.method):
-                    raise ValueError(
-                        f"{stop.folder} was trained by {there.get('method')}, and {stop.label!r} is {stop.method!r} now; choose "
-                        "another label or another folder"
-                    )
+                    both = f"was trained by {there.get('method')}, and {stop.label!r} is {stop.method!r} now"
+                    raise ValueError(f"{stop.folder} {both}; choose another label or another folder")

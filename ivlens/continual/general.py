@@ -39,8 +39,7 @@ def _labelled(question: str, choices: Any, answer: str) -> Record:
 
 
 def _last_word(text: str) -> Record:
-    passage, word = text.rsplit(maxsplit=1)
-    return {"input": passage, "output": word}
+    return _answered(*text.rsplit(maxsplit=1))
 
 
 def _answered(question: str, answer: str) -> Record:
@@ -75,12 +74,8 @@ class Benchmark:
     test: str = "test"
 
 
-ARC: dict[str, Any] = {
-    "columns": ("question", "choices", "answerKey"),
-    "convert": _labelled,
-    "instruction": "Answer the science question.",
-    "licence": "CC BY-SA 4.0",
-}
+ARC: dict[str, Any] = {"columns": ("question", "choices", "answerKey"), "convert": _labelled, "train": "train"}
+ARC |= {"instruction": "Answer the science question.", "licence": "CC BY-SA 4.0"}
 GENERAL = {
     "hellaswag": Benchmark(
         hub="Rowan/hellaswag",
@@ -91,8 +86,8 @@ GENERAL = {
         instruction="Continue the text.",
         licence="MIT",
     ),
-    "arc_easy": Benchmark(hub="allenai/ai2_arc", config="ARC-Easy", train="train", **ARC),
-    "arc_challenge": Benchmark(hub="allenai/ai2_arc", config="ARC-Challenge", train="train", **ARC),
+    "arc_easy": Benchmark(hub="allenai/ai2_arc", config="ARC-Easy", **ARC),
+    "arc_challenge": Benchmark(hub="allenai/ai2_arc", config="ARC-Challenge", **ARC),
     "openbookqa": Benchmark(
         hub="allenai/openbookqa",
         config="main",
@@ -161,9 +156,8 @@ def load_general(
     for name in names:
         check_known(name, GENERAL, "general task")
     tasks = [_load(name, GENERAL[name], None if folder is None else Path(folder), seed) for name in names]
-    return TaskSuite(
-        replace(task, test=sample(task.test, n, seed=seed, name=task.name, argument="n")) for task in tasks
-    )
+    chosen = [sample(task.test, n, seed=seed, name=task.name, argument="n") for task in tasks]
+    return TaskSuite(replace(task, test=test) for task, test in zip(tasks, chosen))
 
 
 def overlapping(general: Task, trained: Task) -> list[str]:
@@ -181,9 +175,8 @@ def _load(name: str, benchmark: Benchmark, folder: Path | None, seed: int) -> Ta
         records.append({**_converted(row, benchmark, f"row {i} of {source}"), "split": row.get("split") or "test"})
         wordings.add(row.get("instruction"))
     told = wordings.pop() if len(wordings) == 1 else None  # several would be questions of several kinds, not wordings
-    return Task.from_records(
-        _with_splits(records, name, seed), name=name, instruction=told or benchmark.instruction, group="general"
-    )
+    about = {"name": name, "instruction": told or benchmark.instruction, "group": "general"}
+    return Task.from_records(_with_splits(records, name, seed), **about)
 
 
 def _from_hub(benchmark: Benchmark) -> tuple[list[Record], str]:
@@ -195,9 +188,8 @@ def _from_hub(benchmark: Benchmark) -> tuple[list[Record], str]:
             try:
                 table = datasets.load_dataset(benchmark.hub, benchmark.config, split=split)
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise OSError(
-                    f"can't get {benchmark.hub} from the hub ({error}); try again, or download it and pass its folder"
-                ) from error
+                by_hand = "try again, or download it and pass its folder"
+                raise OSError(f"can't get {benchmark.hub} from the hub ({error}); {by_hand}") from error
             rows += [{**row, "split": kind} for row in table]
     return rows, benchmark.hub
 
@@ -212,17 +204,14 @@ def _from_folder(name: str, benchmark: Benchmark, folder: Path) -> tuple[list[Re
         here = sorted((path / part).iterdir()) if (path / part).is_dir() else []
         files = files or [f for f in here if f.name.endswith(SUFFIXES) and not f.name.startswith((".", "dataset_info"))]
     if not files:
-        raise FileNotFoundError(
-            f"no {name}{', '.join(SUFFIXES)} and no folder {name} with a file per split in {folder}; expected {expected}, "
-            f"as in {benchmark.hub} on the hub"
-        )
+        missing = f"no {name}{', '.join(SUFFIXES)} and no folder {name} with a file per split in {folder}"
+        raise FileNotFoundError(f"{missing}; expected {expected}, as in {benchmark.hub} on the hub")
     words = {f: re.split("[^a-z]+", f.name.lower()) for f in files}
     splits = {f: next((word for word in words[f] if word in (*SPLITS, *SPLIT_ALIASES)), None) for f in files}
     if None in (found := set(splits.values())) and len(found) > 1:
         unknown = next(f for f in files if splits[f] is None)
-        raise ValueError(
-            f"can't tell which split {unknown} is; call it {', '.join(SPLITS)} as the others, or move it away"
-        )
+        advice = f"call it {', '.join(SPLITS)} as the others, or move it away"
+        raise ValueError(f"can't tell which split {unknown} is; {advice}")
     return [{**row, "split": splits[f] or "test"} for f in files for row in checked_rows(f, (), expected)], path
 
 
@@ -232,10 +221,8 @@ def _converted(row: Mapping[str, Any], benchmark: Benchmark, where: str) -> Reco
             return _asked_plainly(row)
         return benchmark.convert(*(row[column] for column in benchmark.columns))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where} can't be read ({error}); it has {', '.join(map(str, row))}, expected {', '.join(benchmark.columns)} as on the "
-            "hub, or input and output"
-        ) from error
+        expected = f"expected {', '.join(benchmark.columns)} as on the hub, or input and output"
+        raise ValueError(f"{where} can't be read ({error}); it has {', '.join(map(str, row))}, {expected}") from error
 
 
 def _asked_plainly(row: Mapping[str, Any]) -> Record:
@@ -265,7 +252,6 @@ def _with_splits(records: list[Record], name: str, seed: int) -> list[Record]:
         by_split["train"] = [record for i, record in enumerate(records) if i in aside]
         by_split["test"] = [record for i, record in enumerate(records) if i not in aside]
     if not by_split["test"]:
-        raise ValueError(
-            f"{name} has no test rows; give some of them split='test', or name the file or split of them test"
-        )
+        advice = "give some of them split='test', or name the file or split of them test"
+        raise ValueError(f"{name} has no test rows; {advice}")
     return [{**record, "split": split} for split, group in by_split.items() for record in group]

@@ -28,8 +28,6 @@ EXPECTED = {
 
 SEVERAL = ("output", "targets", "definition")  # may hold lists of texts
 
-# -- rows of files ------------------------------------------------------------------------------------------------------
-
 
 def checked_rows(path: Path, keys: Sequence[str], expected: str) -> list[Any]:
     """Rows of a file (see `tasks.files`), which all have the keys; the error names the layout that is expected."""
@@ -47,9 +45,8 @@ def _checked(rows: Any, keys: Sequence[str], path: Path, expected: str) -> list[
             value = row.get(key) if isinstance(row, Mapping) else None
             texts = value if isinstance(value, list) and key in SEVERAL else [value]
             if not all(isinstance(text, str) for text in texts):
-                raise ValueError(
-                    f"row {i} of {path} has no {'text under ' if value is not None else ''}{key!r}; expected {expected}"
-                )
+                what = f"text under {key!r}" if value is not None else repr(key)
+                raise ValueError(f"row {i} of {path} has no {what}; expected {expected}")
     return rows
 
 
@@ -73,8 +70,6 @@ def sample(items: Sequence[Item], n: int | None, *, seed: int, name: str, argume
     random.Random(f"{seed}/{name}/{argument}").shuffle(shuffled)
     return tuple(shuffled[:n])
 
-
-# -- tasks of one layout each -------------------------------------------------------------------------------------------
 
 # Where prompts share no first line. The wordings from here on are ours.
 TRACE_INSTRUCTIONS = {"Py150": "Write the next line of the Python code."}

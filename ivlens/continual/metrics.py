@@ -6,32 +6,19 @@ In shapes, `stage` counts from 0, the base model, to J, the last of J trained ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = [
-    "MEASURES",
-    "backward_transfer",
-    "cut_in_forgetting",
-    "final",
-    "forgetting",
-    "interval",
-    "measures",
-    "plasticity",
-    "resampled",
-]
+__all__ = ["MEASURES", "backward_transfer", "cut_in_forgetting", "final", "forgetting", "interval", "measures"]
+__all__ += ["plasticity", "resampled"]
 
 MEASURES = ("OP", "OP change", "BWT", "GP", "GP change", "IP", "IP change", "plasticity", "forgetting", "stability")
 OF_BASE = ("OP", "GP", "IP")
 LEAST = 0.1  # what the base model does less often can't be forgotten
 
 
-# -- measures ----------------------------------------------------------------------------------------------------------
 def final(scores: Float[np.ndarray, "*draws stage task"]) -> Float[np.ndarray, "*draws"]:
     """mean_j a[J, j]: on trained tasks OP (TRACE, arXiv 2310.06762), which FVG calls FP; on general ones GP and IP (FVG)."""
     return _mean(scores[..., -1, :])
@@ -68,10 +55,7 @@ def measures(
 ) -> dict[str, Float[np.ndarray, "*draws"]]:
     """All of `MEASURES`; `change` is the difference from the base, and stability is −forgetting.
 
-    Parameters
-    ----------
-    zero, shown
-        General tasks without (GP) and with demonstrations (IP: five in FVG, arXiv 2502.11019).
+    General tasks are scored without (`zero`: GP) and with demonstrations (`shown`: IP, five in FVG, arXiv 2502.11019).
     """
     found = {}
     general = np.concatenate([zero, shown], axis=-1)
@@ -100,7 +84,6 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
 
 
-# -- resampling --------------------------------------------------------------------------------------------------------
 def resampled(
     scores: pd.DataFrame, sequence: Sequence[str], *, n_bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, Float[np.ndarray, "draw seed"]]]:
@@ -121,10 +104,8 @@ def resampled(
     cells = [cell for task in sequence for cell in parts if cell[:2] == ("trained", task)]
     if [cell[1] for cell in cells] != list(sequence):
         scored = [f"{task} ({shots}-shot)" for kind, task, shots in parts if kind == "trained"]
-        raise ValueError(
-            f"sequence={list(sequence)} must have scores of every task under one number of demonstrations each; there are "
-            f"{', '.join(scored) or 'none'}: score what is missing"
-        )
+        needed = f"sequence={list(sequence)} must have scores of every task under one number of demonstrations each"
+        raise ValueError(f"{needed}; there are {', '.join(scored) or 'none'}: score what is missing")
     cells += [cell for cell in parts if cell[0] == "general"]
     methods = [method for method in dict.fromkeys(scores["method"]) if method != "base"]
     seeds = sorted(set(scores.loc[scores["method"] != "base", "seed"]))
@@ -155,8 +136,6 @@ def _means(
     part: pd.DataFrame, runs: Sequence[tuple[str, int, int]], n_bootstrap: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "draw run"]:
     """Mean scores of one task under one number of demonstrations: as found, then resampled."""
-    import pandas as pd
-
     index = pd.MultiIndex.from_tuples(runs)
     table = part.pivot(index="prompt", columns=["method", "seed", "stage"], values="score").reindex(columns=index)
     asked = (part if "query" in part else part.assign(query=part["prompt"])).groupby("prompt")["query"]
@@ -170,7 +149,6 @@ def _means(
     return counts @ table.to_numpy(float) / counts.sum(axis=1, keepdims=True)
 
 
-# -- intervals ---------------------------------------------------------------------------------------------------------
 def interval(found: Float[np.ndarray, "draw seed"]) -> dict[str, float]:
     """Mean over seeds with the 95 % percentile interval over draws, the standard deviation over seeds, and their number."""
     known = found[:, np.isfinite(found[0])]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from ivlens.common.tables import table_html
@@ -17,9 +18,6 @@ from ivlens.models.loading import load_hf, load_model
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training.data import answer_dataset
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["Plan", "plan"]
 
@@ -49,10 +47,10 @@ class Plan:
         return done.agg(stages=("stage", "size"), done=("done", "sum"), minutes=("minutes", "sum")).reset_index()
 
     def __repr__(self) -> str:
-        return (
-            f"Plan(about {self.minutes:.0f} minutes: a step takes {self.step_seconds:.2f} s, scoring a stage "
-            f"{self.score_seconds:.0f} s; methods with a teacher or a penalty take longer)\n{self.table().to_string(index=False)}"
-        )
+        parts = f"a step takes {self.step_seconds:.2f} s, scoring a stage {self.score_seconds:.0f} s"
+        longer = "methods with a teacher or a penalty take longer"
+        table = self.table().to_string(index=False)
+        return f"Plan(about {self.minutes:.0f} minutes: {parts}; {longer})\n{table}"
 
     def _repr_html_(self) -> str:
         return table_html(self.stages, index=False)
@@ -60,8 +58,6 @@ class Plan:
 
 def plan(experiment: Experiment) -> Plan:
     """Time one step and one batch on the first task, and add up what isn't done yet."""
-    import pandas as pd
-
     step, score = _step_seconds(experiment), _score_seconds(experiment)
     steps = experiment.training["steps"] * int(experiment.training.get("gradient_accumulation_steps", 1))
 

@@ -39,15 +39,12 @@ class Recipe:
 
 
 def _natural_instructions(*numbers: int) -> Recipe:
-    return Recipe(
-        tuple(f"task{number:03d}" for number in numbers),
-        "natural-instructions",
-        "https://github.com/allenai/natural-instructions",
-        "Apache-2.0",
-        hub="Muennighoff/natural-instructions",
-    )
+    tasks, url = tuple(f"task{number:03d}" for number in numbers), "https://github.com/allenai/natural-instructions"
+    return Recipe(tasks, "natural-instructions", url, "Apache-2.0", hub="Muennighoff/natural-instructions")
 
 
+_LONG = ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB")
+_LONG += ("SST-2", "dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC")
 RECIPES = {
     "func": Recipe(
         ("last_then_spanish", "alphabetically_first", "object_counting", "synonym_choice"),
@@ -62,24 +59,7 @@ RECIPES = {
         "Apache-2.0; its sources have licences of their own, FOMC (CC BY-NC 4.0) and ScienceQA (CC BY-NC-SA 4.0) among them",
     ),
     "long": Recipe(
-        # As its code runs them; `suite.subset([...])` gives another order.
-        (
-            "yelp",
-            "amazon",
-            "MNLI",
-            "CB",
-            "COPA",
-            "QQP",
-            "RTE",
-            "IMDB",
-            "SST-2",
-            "dbpedia",
-            "agnews",
-            "yahoo",
-            "MultiRC",
-            "BoolQA",
-            "WiC",
-        ),
+        _LONG,  # as its code runs them; `suite.subset([...])` gives another order
         "o-lora",
         "https://github.com/cmnfriend/O-LoRA",
         "those of the fifteen data sets",
@@ -91,12 +71,7 @@ RECIPES = {
 
 
 def load_sequence(
-    name: str,
-    folder: str | Path | None = None,
-    *,
-    n_train: int | None = None,
-    n_test: int | None = None,
-    seed: int = 0,
+    name: str, folder: str | Path | None = None, *, n_train: int | None = None, n_test: int | None = None, seed: int = 0
 ) -> TaskSuite:
     """A benchmark's tasks in its order of training.
 
@@ -135,18 +110,15 @@ def load_sequence(
     else:
         place = _download(name, recipe) if folder is None else Path(folder)
         if not place.is_dir():
-            raise FileNotFoundError(
-                f"no folder {place}; download {recipe.url} and pass the folder with {EXPECTED[recipe.layout]}"
-            )
+            by_hand = f"download {recipe.url} and pass the folder with {EXPECTED[recipe.layout]}"
+            raise FileNotFoundError(f"no folder {place}; {by_hand}")
         tasks = [READERS[recipe.layout](place, task) for task in recipe.tasks]
-    return TaskSuite(
-        replace(
-            task,
-            train=sample(task.train, n_train, seed=seed, name=task.name, argument="n_train"),
-            test=sample(task.test, n_test, seed=seed, name=task.name, argument="n_test"),
-        )
-        for task in tasks
-    )
+    sampled = []
+    for task in tasks:
+        train = sample(task.train, n_train, seed=seed, name=task.name, argument="n_train")
+        test = sample(task.test, n_test, seed=seed, name=task.name, argument="n_test")
+        sampled.append(replace(task, train=train, test=test))
+    return TaskSuite(sampled)
 
 
 def _download(name: str, recipe: Recipe) -> Path:

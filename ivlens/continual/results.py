@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
 from ivlens.continual.metrics import MEASURES, cut_in_forgetting, interval, resampled
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["ContinualResults"]
@@ -58,7 +59,6 @@ class ContinualResults:
         """All but the base model."""
         return [method for method in dict.fromkeys(self.scores["method"]) if method != "base"]
 
-    # -- measures ---------------------------------------------------------------------------------------------------
     def matrix(self, method: str) -> pd.DataFrame:
         """Mean score over prompts and seeds after each stage (rows; 0 is the base) on each trained and general task."""
         frame = self.scores[self.scores["method"].isin(["base", self._known(method, "method")])]
@@ -76,19 +76,14 @@ class ContinualResults:
         The metrics are those of `ivlens.continual.metrics`, as shares of 1; OP is also what FVG calls FP. Intervals are a
         paired percentile bootstrap: 2000 resamples of the prompts, the same for all methods, seeds and stages.
         """
-        import pandas as pd
-
-        rows = [
-            {"method": method, "metric": metric, **interval(values), "n_prompts": self._n_prompts(metric)}
-            for method, found in self._resampled.items()
-            for metric, values in found.items()
-        ]
+        rows = []
+        for method, found in self._resampled.items():
+            told = {metric: interval(values) for metric, values in found.items()}
+            rows += [{"method": method, "metric": m, **x, "n_prompts": self._n_prompts(m)} for m, x in told.items()]
         return pd.DataFrame(rows)
 
     def by_seed(self) -> pd.DataFrame:
         """One row per finished method and seed: every metric."""
-        import pandas as pd
-
         seeds = sorted(set(self.scores.loc[self.scores["method"] != "base", "seed"]))
         rows = [
             {"method": method, "seed": seed, **{m: float(x[0, i]) for m, x in self._resampled[method].items()}}
@@ -103,8 +98,6 @@ class ContinualResults:
         The last metric of each method is the cut in forgetting: 1 − its forgetting / the reference's, NaN where that is not
         above zero.
         """
-        import pandas as pd
-
         theirs = self._resampled[self._known(reference, "reference")]
         rows = []
         for method in self.methods:
@@ -113,21 +106,16 @@ class ContinualResults:
             mine = self._resampled[method]
             found = {metric: interval(mine[metric] - theirs[metric]) for metric in MEASURES}
             found[CUT] = cut_in_forgetting(mine["forgetting"], theirs["forgetting"])
-            rows += [
-                {"method": method, "reference": reference, "metric": m, **x, "n_prompts": self._n_prompts(m)}
-                for m, x in found.items()
-            ]
+            about = {"method": method, "reference": reference}
+            rows += [{**about, "metric": m, **x, "n_prompts": self._n_prompts(m)} for m, x in found.items()]
         return pd.DataFrame(rows, columns=["method", "reference", "metric", *SUMMARY, "n_prompts"])
 
     def pareto(self) -> list[str]:
         """The finished methods that none exceeds in both stability and plasticity (or equals in one and exceeds in the other)."""
         means = self.to_dataframe().pivot(index="method", columns="metric", values="mean").reindex(self.methods)
         points = means.reindex(columns=["stability", "plasticity"]).dropna()
-        return [
-            method
-            for method, point in points.iterrows()
-            if not ((points >= point).all(axis=1) & (points > point).any(axis=1)).any()
-        ]
+        exceeded = [((points >= p).all(axis=1) & (points > p).any(axis=1)).any() for _, p in points.iterrows()]
+        return [method for method, worse in zip(points.index, exceeded) if not worse]
 
     def table(self) -> pd.DataFrame:
         """One row per method, in points with 95 % intervals; the cut in forgetting is against plain LoRA, where it was run."""
@@ -142,7 +130,6 @@ class ContinualResults:
         table.columns.name = None
         return table.fillna("–")
 
-    # -- looking at it, keeping it ----------------------------------------------------------------------------------
     def plot(self, kind: str = "scatter") -> go.Figure:
         """`scatter`: stability against plasticity; `matrix`: scores after every stage; `similarity`: instruction vectors along
         the sequence; `general`: tasks not trained on."""
@@ -158,8 +145,6 @@ class ContinualResults:
     @classmethod
     def load(cls, path: str | Path) -> ContinualResults:
         """Load what `save` wrote."""
-        import pandas as pd
-
         content = read_json(path, "continual")
         return cls(*(pd.DataFrame(content[name]) for name in FRAMES), content["metadata"])
 
@@ -176,13 +161,8 @@ class ContinualResults:
         base = self.scores[self.scores["method"] == "base"]
         base = base.drop_duplicates(["kind", "task", "shots", "query" if "query" in base else "prompt"])
         trained, shown = base["kind"] == "trained", base["shots"] > 0
-        looked_at = {
-            "GP": ~trained & ~shown,
-            "IP": ~trained & shown,
-            "OP": trained,
-            "BWT": trained,
-            "plasticity": trained,
-        }
+        looked_at = {"GP": ~trained & ~shown, "IP": ~trained & shown}
+        looked_at |= dict.fromkeys(("OP", "BWT", "plasticity"), trained)
         return int(looked_at.get(metric.removesuffix(" change"), trained | ~trained).sum())
 
     def __repr__(self) -> str:
@@ -193,10 +173,8 @@ class ContinualResults:
 
     def _title(self) -> str:
         n_seeds = len(set(self.scores.loc[self.scores["method"] != "base", "seed"]))
-        return (
-            f"ContinualResults({len(self.methods)} method(s) on {self.metadata.get('model')}, {n_seeds} seed(s), "
-            f"{' → '.join(self.sequence)})"
-        )
+        methods = f"{len(self.methods)} method(s) on {self.metadata.get('model')}"
+        return f"ContinualResults({methods}, {n_seeds} seed(s), {' → '.join(self.sequence)})"
 
 
 def _points(row: Mapping[str, Any], unit: str = "") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
@@ -69,19 +70,9 @@ def experiment(
         raise ValueError("every stage begins with the base model, so pass its name or folder, not a model object")
     if not isinstance(methods, Mapping):
         methods = {m if isinstance(m, str) else repr(m): m for m in methods}
-    training = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "lora": lora,
-        "shots": shots,
-        "instruction": instruction,
-        "style": style,
-        "dtype": dtype,
-        "save_every": save_every,
-        **arguments,
-    }
-    scoring = Scoring(n_prompts, split, metric, tuple(general_shots))
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": lora}
+    training |= {"shots": shots, "instruction": instruction, "style": style}
+    training |= {"dtype": dtype, "save_every": save_every, **arguments}
     return Experiment(
         str(model),
         load_sequence(sequence) if isinstance(sequence, str) else as_suite(sequence),
@@ -90,7 +81,7 @@ def experiment(
         tuple(seeds),
         Path(folder),
         training,
-        scoring,
+        Scoring(n_prompts, split, metric, tuple(general_shots)),
         heads_per_vector,
         vector_shots,
         similarity,
@@ -150,7 +141,8 @@ def run(
 
         vectors = base_vectors(what, progress=progress)
     if what.scores(what.folder / "base") is None:
-        _score_base(what)
+        found = _scores(what, load_model(what.model, backend="bridge", dtype=what.dtype))
+        what.keep_scores(what.folder / "base", {"scores": found})
     previous: TrainingRun | None = None
     with tqdm(total=len(list(what.stops())), desc="stages", disable=not progress) as bar:
         for stop in what.stops():
@@ -170,9 +162,8 @@ def collect(
     """The results of what `run` with the same options has finished so far; trains and scores nothing."""
     what = experiment(sequence, folder=folder, **options)
     if what.scores(what.folder / "base") is None:
-        raise FileNotFoundError(
-            f"{folder} holds no scores of the base model with these options; start ivl.continual.run first"
-        )
+        missing = f"{folder} holds no scores of the base model with these options"
+        raise FileNotFoundError(f"{missing}; start ivl.continual.run first")
     what.settle()
     return _results(what)
 
@@ -203,24 +194,11 @@ def _check_stages(what: Experiment) -> None:
 
 
 def _train(
-    what: Experiment,
-    stop: Stop,
-    vectors: dict[str, InstructionVector],
-    previous: TrainingRun | None,
-    progress: bool,
+    what: Experiment, stop: Stop, vectors: dict[str, InstructionVector], previous: TrainingRun | None, progress: bool
 ) -> TrainingRun:
     guide = {stop.task: vectors[stop.task]} if isinstance(stop.method, Guided) else None
-    done = fine_tune(
-        what.model,
-        what.sequence[stop.task],
-        folder=stop.folder,
-        method=stop.method,
-        vectors=guide,
-        previous=previous,
-        seed=stop.seed,
-        progress=progress,
-        **what.training,
-    )
+    options = {"folder": stop.folder, "method": stop.method, "seed": stop.seed, "progress": progress, **what.training}
+    done = fine_tune(what.model, what.sequence[stop.task], vectors=guide, previous=previous, **options)
     # These were for going on after an interruption.
     for checkpoint in checkpoints_in(stop.folder):
         shutil.rmtree(checkpoint)
@@ -240,11 +218,6 @@ def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str
     what.keep_scores(stop.folder, found)
 
 
-def _score_base(what: Experiment) -> None:
-    model = load_model(what.model, backend="bridge", dtype=what.dtype)
-    what.keep_scores(what.folder / "base", {"scores": _scores(what, model)})
-
-
 def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
     backend, found = backend_of(model), []
     for kind, task, look in what.looks():
@@ -256,8 +229,6 @@ def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
 
 def _results(what: Experiment) -> ContinualResults:
     """Of all stages that are scored."""
-    import pandas as pd
-
     scores, similarity, costs = [*_rows("base", 0, 0, what.scores(what.folder / "base"))], [], []
     for stop in what.stops():
         found = what.scores(stop.folder) if stop.trained else None
@@ -267,18 +238,10 @@ def _results(what: Experiment) -> ContinualResults:
         scores += _rows(*at.values(), found)
         similarity += [{**at, "task": t, "similarity": value} for t, value in found.get("similarity", {}).items()]
         costs.append({**at, **TrainingRun.load(stop.folder).cost})
-    metadata = {
-        "model": what.model,
-        "sequence": what.sequence.names,
-        "general": what.general.names,
-        "methods": {label: repr(method) for label, method in what.methods.items()},
-        **{
-            key: value if isinstance(value, (int, float, str, bool)) else repr(value)
-            for key, value in what.training.items()
-        },
-        "n_prompts": what.scoring.n_prompts,
-        "split": what.scoring.split,
-    }
+    metadata = {"model": what.model, "sequence": what.sequence.names, "general": what.general.names}
+    metadata["methods"] = {label: repr(method) for label, method in what.methods.items()}
+    metadata |= {k: v if isinstance(v, (int, float, str, bool)) else repr(v) for k, v in what.training.items()}
+    metadata |= {"n_prompts": what.scoring.n_prompts, "split": what.scoring.split}
     return ContinualResults(pd.DataFrame(scores), pd.DataFrame(similarity), pd.DataFrame(costs), metadata)
 
 
@@ -286,6 +249,5 @@ def _rows(method: str, seed: int, stage: int, found: Any) -> Iterator[dict[str, 
     for part in found["scores"]:
         about = {"method": method, "seed": seed, "stage": stage, **{k: part[k] for k in ("task", "kind", "shots")}}
         asked = part.get("queries", range(len(part["scores"])))  # older files have none
-        yield from (
-            {**about, "prompt": i, "query": q, "score": x} for i, (q, x) in enumerate(zip(asked, part["scores"]))
-        )
+        for i, (query, score) in enumerate(zip(asked, part["scores"])):
+            yield {**about, "prompt": i, "query": query, "score": score}

@@ -47,9 +47,8 @@ class Scoring:
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r} is unknown; choose one of {', '.join(METRICS)}")
         if self.n_prompts < 1 or any(shots < 0 for shots in self.general_shots):
-            raise ValueError(
-                f"n_prompts={self.n_prompts} must be at least 1 and general_shots={self.general_shots} 0 or more"
-            )
+            wanted = f"n_prompts={self.n_prompts} must be at least 1"
+            raise ValueError(f"{wanted} and general_shots={self.general_shots} 0 or more")
 
 
 def scored_prompts(
@@ -80,12 +79,8 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
         return _choice_hits(backend, prompts, rows, scoring.batch_size)
     overlap = scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task))
     answers = [prompt.query.answers for prompt in prompts]
-    options: dict[str, Any] = {
-        "max_new_tokens": room_for(backend, prompts, rows),
-        "stop": common_stop(prompts),
-        "wanted": None if overlap else answers,
-        "batch_size": scoring.batch_size,
-    }
+    options: dict[str, Any] = {"stop": common_stop(prompts), "batch_size": scoring.batch_size}
+    options |= {"max_new_tokens": room_for(backend, prompts, rows), "wanted": None if overlap else answers}
     found = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, **options)[""].texts
     if overlap:
         return [rouge_l(text, right) for right, text in zip(answers, found)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,13 @@ def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, Instruc
     if any(not (folder / safe_name(name) / FILE).is_file() for name in experiment.sequence):
         _make(experiment, folder, progress)
     vectors = {name: InstructionVector.load(folder / safe_name(name)) for name in experiment.sequence}
-    if any(isinstance(method, Guided) for method in experiment.methods.values()):
-        _warn_of_weak(vectors)
+    weak = [name for name, vector in vectors.items() if vector.metadata.get("accuracy", 1.0) < WEAK]
+    if weak and any(isinstance(method, Guided) for method in experiment.methods.values()):
+        does = "; ".join(vectors[name].metadata["search"] for name in weak)
+        weakly = f"with its vector in it, the model still answers little of {', '.join(weak)} ({does})"
+        why = "A teacher that can't do the task holds training back"
+        advice = "compare `lora` and `averaging`, or look for a better vector (other heads, demonstrations)"
+        warnings.warn(f"{weakly}. {why}: {advice}", stacklevel=3)
     return vectors
 
 
@@ -56,26 +60,13 @@ def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
         replace(search.best, metadata={**vector.metadata, **found}).save(folder / safe_name(name))
 
 
-def _warn_of_weak(vectors: Mapping[str, InstructionVector]) -> None:
-    weak = [name for name, vector in vectors.items() if vector.metadata.get("accuracy", 1.0) < WEAK]
-    if weak:
-        does = "; ".join(vectors[name].metadata["search"] for name in weak)
-        warnings.warn(
-            f"with its vector in it, the model still answers little of {', '.join(weak)} ({does}). A teacher that can't do "
-            "the task holds training back: compare `lora` and `averaging`, or look for a better vector (other heads, "
-            "demonstrations)",
-            stacklevel=4,
-        )
-
-
 def similarities(model: Any, experiment: Experiment, vectors: dict[str, InstructionVector]) -> dict[str, float]:
     """Cosine of each task's vector in this model with the base model's, over the same heads and prompts."""
-    return {
-        name: vector.cosine(
-            extract_vector(model, experiment.sequence[name], vector.heads, n_prompts=30, **_look(experiment))
-        )
-        for name, vector in vectors.items()
-    }
+    found = {}
+    for name, vector in vectors.items():
+        task = experiment.sequence[name]
+        found[name] = vector.cosine(extract_vector(model, task, vector.heads, n_prompts=30, **_look(experiment)))
+    return found
 
 
 def _look(experiment: Experiment) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ivlens.common.statistics import correlation, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
 from ivlens.dynamics.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["Change"]
@@ -55,17 +56,13 @@ class Change:
         """What each answered prompt asks, the same at every checkpoint."""
         return self.metadata.get("queries", {}).get(task, range(len(self.base.accuracy[task])))
 
-    # -- similarities -----------------------------------------------------------------------------------------------
     def similarity(self) -> pd.DataFrame:
         """cos(θ⁰, θʲ) of every task (columns) at every checkpoint (rows), over the same heads (IV §5)."""
-        import pandas as pd
-
         rows = [[self.base.vectors[t].cosine(s.vectors[t]) for t in self.task_names] for s in self.snapshots]
         return pd.DataFrame(rows, index=[s.label for s in self.snapshots], columns=self.task_names)
 
     def head_similarity(self) -> pd.DataFrame:
         """The same per head: cos(z̄⁰ W_O⁰, z̄ʲ W_Oʲ), one row per checkpoint, task and head."""
-        import pandas as pd
         import torch
 
         rows = []
@@ -73,22 +70,17 @@ class Change:
             for task in self.task_names:
                 old, new = self.base.vectors[task], s.vectors[task]
                 cosines = torch.nn.functional.cosine_similarity(old.shares, new.shares, dim=-1)
-                rows += [
-                    {"checkpoint": s.label, "task": task, "head": str(head), "similarity": cosine}
-                    for head, cosine in zip(old.heads, cosines.tolist())
-                ]
+                about = {"checkpoint": s.label, "task": task}
+                rows += [{**about, "head": str(h), "similarity": x} for h, x in zip(old.heads, cosines.tolist())]
         return pd.DataFrame(rows)
 
     def hidden_similarity(self) -> pd.DataFrame:
         """Cosine of the residual stream with θ⁰, one row per checkpoint, task and layer."""
-        import pandas as pd
-
-        rows = [
-            {"checkpoint": s.label, "task": task, "layer": layer, "similarity": cosine}
-            for s in self.snapshots
-            for task in self.task_names
-            for layer, cosine in enumerate(s.hidden[task].tolist())
-        ]
+        rows = []
+        for s in self.snapshots:
+            for task in self.task_names:
+                about = {"checkpoint": s.label, "task": task}
+                rows += [{**about, "layer": i, "similarity": x} for i, x in enumerate(s.hidden[task].tolist())]
         return pd.DataFrame(rows)
 
     def overlap(self, k: int = 10) -> pd.DataFrame:
@@ -96,8 +88,6 @@ class Change:
 
         The row of "all tasks" takes the universal heads. Empty where heads weren't located.
         """
-        import pandas as pd
-
         rows = []
         before = self.base.effects
         for s in self.snapshots[1:]:
@@ -111,11 +101,8 @@ class Change:
                 rows.append({**row, "spearman": rho})
         return pd.DataFrame(rows, columns=["checkpoint", "task", "jaccard", "spearman"])
 
-    # -- tables -----------------------------------------------------------------------------------------------------
     def to_dataframe(self) -> pd.DataFrame:
         """One row per checkpoint and task: accuracy with its 95 % Wilson interval, and every similarity to the base."""
-        import pandas as pd
-
         similarity, overlap = self.similarity(), self.overlap().set_index(["checkpoint", "task"])
         rows = []
         for s in self.snapshots:
@@ -139,8 +126,6 @@ class Change:
         than five); `weight_distance`, which knows nothing of tasks, is the baseline.
         Hidden similarity counts as its change from the base's, mean over layers.
         """
-        import pandas as pd
-
         points = self.points()
         told = [name for name in PREDICTORS if points[name].notna().any()]
         found = [correlation(points[name], points["accuracy_change"], groups=points["task"]) for name in told]
@@ -155,7 +140,6 @@ class Change:
         frame["hidden_similarity"] -= frame["task"].map(start["hidden_similarity"])
         return frame.reset_index(drop=True)
 
-    # -- looking at it, keeping it ----------------------------------------------------------------------------------
     def plot(self, kind: str = "tasks") -> go.Figure:
         """`tasks`: similarity and accuracy per task; `matrix`: task × task cosines, before against after; `trajectory`: both
         over steps; `scatter`: similarity against accuracy; `hidden`: per layer; `effects`: maps before, after and apart."""

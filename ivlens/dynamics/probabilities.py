@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,9 +23,6 @@ from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Example, Task, same_input
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["AnswerProbabilities", "answer_probabilities", "compare_probabilities"]
 
@@ -65,8 +63,6 @@ class AnswerProbabilities:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task and kind: mean sequence probability and mean log-probability per token, 95 % bootstrap intervals."""
-        import pandas as pd
-
         rows = []
         for task in self.task_names:
             for kind in KINDS:
@@ -161,8 +157,6 @@ def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilitie
     flipping the signs of the paired differences (instruction's fall − knowledge's fall) at random. `*_ratio` is the mean
     sequence probability after over before. Our choice.
     """
-    import pandas as pd
-
     if before.task_names != after.task_names:
         raise ValueError("before and after cover different tasks; measure both on the same ones")
     recorded = all("queries" in found.metadata for found in (before, after))
@@ -170,7 +164,14 @@ def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilitie
         warnings.warn("what was asked isn't on record (older files): prompts are paired in their order", stacklevel=2)
     elif (one := _look(before)) != (two := _look(after)):
         raise ValueError(f"before was asked with {one}, after with {two}; measure both alike")
-    pairs = {task: _pairs(before, after, task, recorded) for task in before.task_names}
+    pairs = {}  # where both asked the same, repeated queries in their order
+    for task in before.task_names:
+        both = [found._asked(task) if recorded else range(len(found.knowledge[task])) for found in (before, after)]
+        if sorted(both[0]) != sorted(both[1]):
+            raise ValueError(
+                f"before and after asked different prompts of task {task!r}; measure both on the same ones"
+            )
+        pairs[task] = [sorted(range(len(x)), key=x.__getitem__) for x in both]
     asked = {t: [before._asked(t)[i] for i in pairs[t][0]] for t in pairs}
     falls = {
         kind: {t: (before.per_token(kind, t)[i] - after.per_token(kind, t)[j]).numpy() for t, (i, j) in pairs.items()}
@@ -201,14 +202,3 @@ def _look(found: AnswerProbabilities) -> dict[str, Any]:
     about = found.metadata
     drawn = ("seed",) if about["shots"] or about["instruction"] is True else ()
     return {option: about[option] for option in ("shots", "instruction", "style", *drawn)}
-
-
-def _pairs(
-    before: AnswerProbabilities, after: AnswerProbabilities, task: str, recorded: bool
-) -> tuple[list[int], list[int]]:
-    """Where both asked the same, repeated queries in their order."""
-    asked = [found._asked(task) if recorded else range(len(found.knowledge[task])) for found in (before, after)]
-    if sorted(asked[0]) != sorted(asked[1]):
-        raise ValueError(f"before and after asked different prompts of task {task!r}; measure both on the same ones")
-    one, two = (sorted(range(len(x)), key=x.__getitem__) for x in asked)
-    return one, two

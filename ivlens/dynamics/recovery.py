@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ivlens.common.statistics import bootstrap_share, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["Recovery"]
@@ -57,8 +58,6 @@ class Recovery:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per checkpoint, task and condition: accuracy with its 95 % Wilson interval, the share of the loss that
         returned, and whether there was a loss on the validation split."""
-        import pandas as pd
-
         lost, rows = set(self.lost()), []
         for (checkpoint, task), part in self.scores.groupby(["checkpoint", "task"], sort=False):
             means = part.groupby("condition")["hit"].mean()
@@ -75,8 +74,6 @@ class Recovery:
         """Share of the lost accuracy that each condition returns, over all (checkpoint, task) where it was lost on the
         validation split: summed gains over summed losses. 95 % bootstrap intervals over each task's prompts, which all
         checkpoints share; tasks and checkpoints are taken as they are."""
-        import pandas as pd
-
         lost, pairs, rows = set(self.lost()), self._hits(), []
         pairs = pairs[[key[:2] in lost for key in pairs.index]]
         for condition in self.conditions if len(pairs) else ():
@@ -90,8 +87,6 @@ class Recovery:
     def kept(self, *, seed: int = 0) -> pd.DataFrame:
         """Whether the skill is still there: accuracy of the fine-tuned models with the old vector (and with its controls), over
         the base model's with it. One row per condition, 95 % bootstrap intervals as in `shares`."""
-        import pandas as pd
-
         rows = []
         for condition in self.conditions:
             if condition not in _ENDS:
@@ -120,8 +115,6 @@ class Recovery:
     @classmethod
     def load(cls, path: str | Path) -> Recovery:
         """Load what `save` wrote."""
-        import pandas as pd
-
         content = read_json(path, "recovery")
         return cls(pd.DataFrame(content["scores"]), pd.DataFrame(content["choices"]), content["metadata"])
 

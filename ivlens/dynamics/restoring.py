@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -77,8 +78,6 @@ def recover(
     folder
         Where to keep what is done, so that an interrupted run goes on there.
     """
-    import pandas as pd
-
     suite = as_suite(tasks)
     if missing := [name for name in suite if name not in vectors]:
         raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
@@ -90,7 +89,10 @@ def recover(
         for vector in vectors.values():
             vector.check_model(hooked)
         layers = [backend.check_layer(x) for x in (range(1, backend.n_layers, 3) if layers is None else layers)]
-        built = {name: _prompts(task, n_valid, n_prompts, look) for name, task in suite.items()}
+        built: dict[str, dict[str, list[Prompt]]] = {name: {} for name in suite}
+        for name, task in suite.items():
+            for split, n in (("valid", min(n_valid, len(task.valid))), ("test", n_prompts)):
+                built[name][split] = build_prompts(task, n=n, split=split, **look)
         prompts = {name: {k: tokenize(backend, each) for k, each in parts.items()} for name, parts in built.items()}
     asked = {name: [same_input(prompt.query) for prompt in parts["test"]] for name, parts in built.items()}
     tries = _Tries(suite, vectors, subtract, alternatives or {}, layers, tuple(scales), seed)
@@ -114,12 +116,6 @@ def recover(
     if folder is not None:
         result.save(Path(folder) / "recovery.json")
     return result
-
-
-def _prompts(task: Task, n_valid: int, n_test: int | None, look: dict[str, Any]) -> dict[str, list[Prompt]]:
-    """Of the validation and test splits."""
-    sizes = {"valid": min(n_valid, len(task.valid)), "test": n_test}
-    return {split: build_prompts(task, n=n, split=split, **look) for split, n in sizes.items()}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.running.reading import Reading, read_prompts
-from ivlens.running.tokens import TokenizedPrompt, tokenize
-from ivlens.tasks.prompts import Prompt
+from ivlens.running.reading import read_prompts
+from ivlens.running.tokens import TokenizedPrompt
 from ivlens.vectors.extraction import vector_from_heads
 from ivlens.vectors.vector import InstructionVector
 
@@ -32,12 +31,7 @@ class TaskPrompts:
     """What every checkpoint is shown of a task: prompts behind the vector (training split), and prompts to answer."""
 
     mean: list[TokenizedPrompt]
-    answered: list[TokenizedPrompt]
-
-    @classmethod
-    def of(cls, backend: Any, mean: Sequence[Prompt], answered: Sequence[Prompt]) -> TaskPrompts:
-        # Only the answered prompts need their answers.
-        return cls([TokenizedPrompt(row.prompt) for row in tokenize(backend, mean)], tokenize(backend, answered))
+    answered: list[TokenizedPrompt]  # these alone have their answers
 
 
 @dataclass(frozen=True)
@@ -121,10 +115,7 @@ def take_snapshot(
 ) -> Snapshot:
     """One forward pass of every prompt, from which everything is read.
 
-    Parameters
-    ----------
-    base
-        Whose vectors the residual streams are compared with; None: this model's own.
+    The residual streams are compared with the vectors of `base`; None: this model's own.
     """
     backend = backend_of(model)
     found: dict[str, dict[str, Any]] = {name: {} for name in ("vectors", "hidden", "accuracy", "log_probability")}
@@ -133,11 +124,9 @@ def take_snapshot(
         vector = vector_from_heads(model, read.z, heads, task=task, n_prompts=len(shown.mean))
         answered = read_prompts(backend, shown.answered, resid=True, batch_size=batch_size, bar=bar)
         found["vectors"][task] = vector
-        found["hidden"][task] = _hidden_similarity(answered, vector if base is None else base.vectors[task])
+        old = vector if base is None else base.vectors[task]
+        cosines = torch.nn.functional.cosine_similarity(answered.resid, old.vector.to(answered.resid), dim=-1)
+        found["hidden"][task] = cosines.mean(0)
         found["accuracy"][task] = answered.scores["accuracy"]
         found["log_probability"][task] = answered.scores["log_probability"]
     return Snapshot(label, step, **found, distance=distance, effects=effects)
-
-
-def _hidden_similarity(read: Reading, vector: InstructionVector) -> Float[Tensor, " layer"]:
-    return torch.nn.functional.cosine_similarity(read.resid, vector.vector.to(read.resid), dim=-1).mean(0)

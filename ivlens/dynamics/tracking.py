@@ -16,8 +16,9 @@ from ivlens.models.checkpoints import open_checkpoints
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.locating import locate_heads
+from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import build_prompts
-from ivlens.tasks.suite import TaskSuite, as_suite
+from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task, same_input
 
 __all__ = ["compare", "track"]
@@ -94,7 +95,10 @@ def track(
         base = None if folder is None else key(hooked)
         answered = {name: build_prompts(task, n=n_prompts, split=split, **look) for name, task in suite.items()}
         means = {n: build_prompts(task, n=n_mean, split="train", repeat=True, **look) for n, task in suite.items()}
-        prompts = {name: TaskPrompts.of(backend, means[name], answered[name]) for name in suite}
+        bare = {n: [TokenizedPrompt(row.prompt) for row in tokenize(backend, each)] for n, each in means.items()}
+        prompts = {name: TaskPrompts(bare[name], tokenize(backend, answered[name])) for name in suite}
+    kind = "shuffled_labels" if shots >= 2 else "no_instruction"
+    sweep = {"n_mean": 20, "counterfactual": kind, "progress": False, **look}
     queries = {name: [same_input(prompt.query) for prompt in each] for name, each in answered.items()}
     snapshots: list[Snapshot] = []
     total = len(opened) * sum(len(p.mean) + len(p.answered) for p in prompts.values())
@@ -111,7 +115,7 @@ def track(
                         snapshots.append(Snapshot.load(path))
                         bar.update(total // len(opened))
                         continue
-                effects = _effects(hooked, suite, n_effects, look) if n_effects else None
+                effects = locate_heads(hooked, suite, n_prompts=n_effects, **sweep) if n_effects else None
                 about = {"label": checkpoint.label, "step": checkpoint.step, "distance": checkpoint.distance(hooked)}
                 about |= {"base": snapshots[0] if snapshots else None, "effects": effects}
                 snapshots.append(take_snapshot(hooked, prompts, heads, batch_size=batch_size, bar=bar, **about))
@@ -122,8 +126,3 @@ def track(
     if folder is not None:
         change.save(folder)
     return change
-
-
-def _effects(model: Any, suite: TaskSuite, n_prompts: int, look: dict[str, Any]) -> HeadEffects:
-    kind = "shuffled_labels" if look["shots"] >= 2 else "no_instruction"
-    return locate_heads(model, suite, n_prompts=n_prompts, n_mean=20, counterfactual=kind, progress=False, **look)

@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-__all__ = [
-    "BEFORE_AFTER",
-    "COLOURS",
-    "FAINT",
-    "GRID",
-    "INK",
-    "MARK",
-    "TASK_COLOURS",
-    "condition_colours",
-    "method_colours",
-]
+__all__ = ["BEFORE_AFTER", "COLOURS", "FAINT", "GRID", "INK", "MARK", "TASK_COLOURS"]
+__all__ += ["condition_colours", "method_colours"]
 
 INK, FAINT, GRID, MARK = "#1f2328", "#59636e", "#e6e8eb", "#d55e00"
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.

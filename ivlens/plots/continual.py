@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens.plots import maps
 from ivlens.plots.colours import FAINT, INK, MARK, method_colours
 from ivlens.plots.labels import labels_beside
-from ivlens.plots.style import ZERO, bare, finish, panels, task_labels, ticks
+from ivlens.plots.style import BARE, ZERO, finish, panels, task_labels, ticks
 from ivlens.plots.traces import error_bars, task_lines, task_rows
 from ivlens.plots.words import counted, escaped, span, with_minus
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ivlens.continual import ContinualResults
 
 __all__ = ["plot_continual"]
@@ -44,7 +43,6 @@ def plot_continual(results: ContinualResults, kind: str = "scatter") -> go.Figur
     return KINDS[kind](results)
 
 
-# -- stability against plasticity --------------------------------------------------------------------------------------
 def _plot_scatter(results: ContinualResults) -> go.Figure:
     found = _in_points(results.to_dataframe()).dropna(subset=["mean"])
     x, y = (found[found["metric"] == m].set_index("method") for m in AXES)
@@ -64,7 +62,7 @@ def _plot_scatter(results: ContinualResults) -> go.Figure:
         figure.add_trace(dots.update(customdata=own["seed"].tolist(), hovertemplate=hover, name=escaped(method)))
     for method in x.index:
         figure.add_trace(_cross(method, x.loc[method], y.loc[method], colours[method]))
-    ranges = [_range([*a["low"], *a["high"], *(100 * seeds[name])]) for a, name in zip((x, y), AXES, strict=True)]
+    ranges = [_range([*a["low"], *a["high"], *(100 * seeds[name])]) for a, name in zip((x, y), AXES)]
     figure.update_xaxes(title_text="plasticity: score right after training on a task (points)", range=ranges[0])
     figure.update_yaxes(title_text="stability: −forgetting (points)", range=ranges[1])
     figure.update_xaxes(zeroline=False)
@@ -72,7 +70,8 @@ def _plot_scatter(results: ContinualResults) -> go.Figure:
     figure.update_layout(annotations=labels_beside(x, y, ranges, size, colours))
     figure.update_layout(legend={"x": 0, "y": 1.01, "yanchor": "bottom", "orientation": "h", "font": {"size": 12}})
     dots = "; small dots: single seeds" if seeds["seed"].nunique() > 1 else ""
-    lost = "average of what was lost on earlier and on general tasks" if _general(results) else "on earlier tasks"
+    both = (results.scores["kind"] == "general").any()
+    lost = "average of what was lost on earlier and on general tasks" if both else "on earlier tasks"
     notes = [f"up and right is better · {_seeds(results)}, 95% interval over prompts{dots}", f"forgetting: {lost}"]
     title = "What methods keep against what they learn"
     return finish(figure, title, notes, width=size[0], height=size[1], right=28, extra_top=26)
@@ -81,9 +80,8 @@ def _plot_scatter(results: ContinualResults) -> go.Figure:
 def _cross(method: str, x: pd.Series, y: pd.Series, colour: str) -> go.Scatter:
     values = [with_minus(f"{a['mean']:.1f} [{a['low']:.1f}, {a['high']:.1f}]") for a in (x, y)]
     hover = f"{escaped(method)}<br>plasticity {values[0]}<br>stability {values[1]}<extra></extra>"
-    errors = {
-        f"error_{axis}": error_bars([a["mean"]], [a["low"]], [a["high"]], colour) for axis, a in zip("xy", (x, y))
-    }
+    along, up = (error_bars([a["mean"]], [a["low"]], [a["high"]], colour) for a in (x, y))
+    errors = {"error_x": along, "error_y": up}
     point = go.Scatter(x=[x["mean"]], y=[y["mean"]], mode="markers", marker={"color": colour, "size": 11}, **errors)
     return point.update(name=escaped(method), hovertemplate=hover, showlegend=False)
 
@@ -94,7 +92,6 @@ def _range(values: Sequence[float]) -> list[float]:
     return [low - room, high + room]
 
 
-# -- maps --------------------------------------------------------------------------------------------------------------
 def _plot_matrix(results: ContinualResults) -> go.Figure:
     tables = {method: 100 * results.matrix(method) for method in results.methods}
     n_trained, stages = len(results.sequence), range(len(results.sequence) + 1)
@@ -112,7 +109,8 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
         names = [[f"{escaped(method)}, {a}<br>{escaped(c)}" for c in columns] for a in after]
         hover = [[f"{name}: {v:.1f}" for name, v in zip(*pair)] for pair in zip(names, z)]
         options = {"colorscale": LIGHT, "zmin": 0, "zmax": 100, "showscale": i == 0}
-        numbers = {"text": [[_whole(v) for v in row] for row in z], "texttemplate": "%{text}"}
+        text = [["" if math.isnan(v) else with_minus(f"{v:.0f}") for v in row] for row in z]
+        numbers = {"text": text, "texttemplate": "%{text}"}
         numbers["textfont"] = {"size": 11, "color": INK}
         figure.add_trace(maps.heatmap(z, hover, panel, **options, **numbers), **where)
         for task in range(n_trained):
@@ -123,22 +121,19 @@ def _plot_matrix(results: ContinualResults) -> go.Figure:
         below = i + across >= len(tables)
         figure.update_xaxes(**ticks([escaped(c) for c in columns]), showticklabels=below, tickangle=angle, **where)
         figure.update_yaxes(**ticks(after), showticklabels=where["col"] == 1, **where)
-    figure.update_xaxes(**bare())
-    figure.update_yaxes(**bare(), autorange="reversed", ticklabelstandoff=4)
+    figure.update_xaxes(**BARE)
+    figure.update_yaxes(**BARE, autorange="reversed", ticklabelstandoff=4)
     bar = {"len": min(260, size["height"]), "lenmode": "pixels", "y": 1, "yanchor": "top"}
     maps.colorbar(figure, "points", **bar, x=1 + 14 / size["width"], xanchor="left")
-    notes = [f"mean score, {_amounts(results)} · outlined: the task just trained on"]
+    base = results.scores[results.scores["method"] == "base"]
+    amounts = f"{span(base.groupby(['kind', 'task', 'shots']).size())} prompts each, {_seeds(results)}"
+    notes = [f"mean score, {amounts} · outlined: the task just trained on"]
     notes[0] += " · right of the line: general tasks, not trained on" if len(columns) > n_trained else ""
     room = int((1 if angle == -90 else 0.75) * 7 * max(map(len, columns))) - 30
     size |= {"left": max(0, 7 * max(map(len, after)) - 50), "right": 92, "extra_top": 24, "extra_bottom": room}
     return finish(figure, "Scores on every task after every stage", notes, **size)
 
 
-def _whole(value: float) -> str:
-    return "" if math.isnan(value) else with_minus(f"{value:.0f}")
-
-
-# -- along the sequence ------------------------------------------------------------------------------------------------
 def _plot_similarity(results: ContinualResults) -> go.Figure:
     if not len(results.similarity):
         raise ValueError("the vectors were not followed along the sequence; run with similarity=True")
@@ -164,7 +159,6 @@ def _plot_similarity(results: ContinualResults) -> go.Figure:
     return finish(figure, title, notes, width=width, height=380, right=right, extra_bottom=room - 20)
 
 
-# -- general tasks -----------------------------------------------------------------------------------------------------
 def _plot_general(results: ContinualResults) -> go.Figure:
     found = _in_points(results.to_dataframe()).dropna(subset=["mean"]).set_index(["metric", "method"])
     titles = {m: t for m, t in (("GP", "zero-shot (GP)"), ("IP", "with demonstrations (IP)")) if m in found.index}
@@ -198,30 +192,20 @@ def _plot_general(results: ContinualResults) -> go.Figure:
         note.update(text=text)
     n_tasks = results.scores.loc[results.scores["kind"] == "general", "task"].nunique()
     n = span([int(found["n_prompts"][metric, "base"]) for metric in titles])
-    notes = [
-        "after the last stage · dashed: the base model, in brackets: the difference from it",
-        f"mean over {counted(n_tasks, 'task')}, {n} prompts per bar, {_seeds(results)} · 95% interval over prompts",
+    notes = ["after the last stage · dashed: the base model, in brackets: the difference from it"]
+    notes += [
+        f"mean over {counted(n_tasks, 'task')}, {n} prompts per bar, {_seeds(results)} · 95% interval over prompts"
     ]
     return finish(figure, "Tasks that were not trained on", notes, **{**size, "extra_top": 24})
 
 
-# -- shared ------------------------------------------------------------------------------------------------------------
 def _in_points(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{name: 100 * frame[name] for name in ("mean", "low", "high", "sd")})
-
-
-def _general(results: ContinualResults) -> bool:
-    return (results.scores["kind"] == "general").any()
 
 
 def _seeds(results: ContinualResults) -> str:
     n = results.scores.loc[results.scores["method"] != "base"].groupby("method")["seed"].nunique()
     return f"{span(n)} seed{'' if n.max() == 1 else 's'}"
-
-
-def _amounts(results: ContinualResults) -> str:
-    base = results.scores[results.scores["method"] == "base"]
-    return f"{span(base.groupby(['kind', 'task', 'shots']).size())} prompts each, {_seeds(results)}"
 
 
 KINDS = {"scatter": _plot_scatter, "matrix": _plot_matrix, "similarity": _plot_similarity, "general": _plot_general}

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens.plots import maps
-from ivlens.plots.colours import BEFORE_AFTER, COLOURS, MARK
-from ivlens.plots.scatter import plot_scatter
-from ivlens.plots.style import ZERO, finish, legend_above, panels, tick_step
+from ivlens.plots.colours import BEFORE_AFTER, COLOURS, FAINT, MARK, TASK_COLOURS
+from ivlens.plots.style import LEGEND_ABOVE, ZERO, finish, panels, tick_step
 from ivlens.plots.traces import before_after, rate, task_lines, task_rows
 from ivlens.plots.words import counted, escaped, span, unit, which_tasks, with_minus
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ivlens.dynamics import Change, Snapshot
 
 __all__ = ["plot_change"]
+
+PREDICTORS = {
+    "iv_similarity": "cosine with the base's vector",
+    "hidden_similarity": "change in hidden similarity",
+    "head_overlap": "overlap of the strongest heads",
+    "effects_spearman": "rank correlation of heads' effects",
+    "weight_distance": "distance of the weights",
+}
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "star")
 
 
 def plot_change(change: Change, kind: str = "tasks") -> go.Figure:
@@ -41,7 +49,6 @@ def plot_change(change: Change, kind: str = "tasks") -> go.Figure:
     return KINDS[kind](change)
 
 
-# -- per task ----------------------------------------------------------------------------------------------------------
 def _plot_tasks(change: Change) -> go.Figure:
     tasks, later = change.task_names, change.snapshots[1:]
     if _steps(change) is not None:
@@ -67,8 +74,6 @@ def _plot_tasks(change: Change) -> go.Figure:
 
 def _accuracies(change: Change, snapshots: Sequence[Snapshot]) -> pd.DataFrame:
     """Per task, over the prompts of all snapshots."""
-    import pandas as pd
-
     rows = []
     for task in change.task_names:
         hits = [hit for s in snapshots for hit in s.accuracy[task].tolist()]
@@ -88,7 +93,6 @@ def _plot_matrix(change: Change) -> go.Figure:
     return finish(figure, "Each task's vector before training against each after", notes, **size)
 
 
-# -- lines -------------------------------------------------------------------------------------------------------------
 def _plot_trajectory(change: Change) -> go.Figure:
     steps, labels = _steps(change), [s.label for s in change.snapshots]
     x = list(range(len(labels))) if steps is None else steps
@@ -106,7 +110,7 @@ def _plot_trajectory(change: Change) -> go.Figure:
         figure.update_xaxes(title_text=None, tickvals=x, ticktext=[escaped(label) for label in labels])
         figure.update_xaxes(tickangle=-45 if slanted else 0)
         room = int(5.2 * max(map(len, labels))) - 20 if slanted else -20
-    figure.update_layout(legend=legend_above())
+    figure.update_layout(legend=LEGEND_ABOVE)
     n = span([len(hits) for s in change.snapshots for hits in s.accuracy.values()])
     notes = [f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks · {n} prompts each"]
     extra = {"right": 28, "extra_top": 34, "extra_bottom": room}
@@ -122,12 +126,11 @@ def _plot_hidden(change: Change) -> go.Figure:
     figure.update_xaxes(title_text="layer", dtick=tick_step(len(layers), 20), zeroline=False)
     figure.update_xaxes(range=[-0.5, len(layers) - 0.5])
     figure.update_yaxes(title_text="cosine with the base's vector", **ZERO)
-    figure.update_layout(legend=legend_above())
+    figure.update_layout(legend=LEGEND_ABOVE)
     amount = f"bold: mean over {counted(len(change.task_names), 'task')}, faint: single tasks"
-    notes = [
-        f"after: {escaped(last.label)} · {amount} · residual stream after each layer, at the last prompt token, "
-        f"{span([len(hits) for hits in base.accuracy.values()])} prompts per task"
-    ]
+    n = span([len(hits) for hits in base.accuracy.values()])
+    where = f"residual stream after each layer, at the last prompt token, {n} prompts per task"
+    notes = [f"after: {escaped(last.label)} · {amount} · {where}"]
     title = "How near the residual stream lies to the base's vector"
     return finish(figure, title, notes, width=620, height=320, right=28, extra_top=34)
 
@@ -138,7 +141,6 @@ def _steps(change: Change) -> list[int] | None:
     return None if None in steps or sorted(set(steps)) != steps else steps
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
 def _plot_effects(change: Change) -> go.Figure:
     base, last = change.base, change.snapshots[-1]
     for snapshot in (base, last):
@@ -160,19 +162,71 @@ def _plot_effects(change: Change) -> go.Figure:
             figure.update_yaxes(title_text=None, showticklabels=False, row=1, col=column)
     maps.colorbar(figure, "effect")
     n = span([len(s.effects.values) for s in (base, last)])
-    notes = [
-        f"after: {escaped(last.label)} · average indirect effect on {unit(base.effects.metric)} · "
-        f"{which_tasks(base.effects.task_names)}, {n} prompts · one colour scale for all"
-    ]
+    what = f"average indirect effect on {unit(base.effects.metric)} · {which_tasks(base.effects.task_names)}"
+    notes = [f"after: {escaped(last.label)} · {what}, {n} prompts · one colour scale for all"]
     title = "Effects of heads before and after training"
     return finish(figure, title, notes, **size, right=96, extra_top=20)
+
+
+def _plot_scatter(change: Change) -> go.Figure:
+    """A panel per measured similarity: a point per task and checkpoint, and a straight line."""
+    points, found = change.points(), change.correlations().to_dict("records")
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    titles = [f"R² {x['r2']:.2f} [{x['r2_low']:.2f}, {x['r2_high']:.2f}]" for x in found]
+    titles = ["R²: too few points" if math.isnan(x["r2"]) else title for x, title in zip(found, titles)]
+    figure, size = panels(rows, columns, (250, 220), (36, 84), titles)
+    for i, name in enumerate(row["predictor"] for row in found):
+        where = {"row": i // columns + 1, "col": i % columns + 1}
+        for j, task in enumerate(change.task_names):
+            figure.add_trace(_dots(points[points["task"] == task], name, task, j).update(showlegend=i == 0), **where)
+        if (line := _straight(points[name], points["accuracy_change"])) is not None:
+            figure.add_trace(line, **where)
+        figure.update_xaxes(title_text=PREDICTORS[name], nticks=5, **where)
+        figure.update_yaxes(matches="y", showticklabels=where["col"] == 1, **where)
+        figure.update_yaxes(title_text="change in accuracy" if where["col"] == 1 else None, **where)
+    figure.update_xaxes(zeroline=False)
+    figure.update_yaxes(**ZERO, tickformat="+.1~%")
+    figure.update_layout(legend={"x": 1 + 16 / size["width"], "y": 1, "font": {"size": 12}, "tracegroupgap": 0})
+    amount = f"a point per task and checkpoint, {len(points)} in all, coloured by task"
+    notes = [f"{amount} · R² of a straight line with its 95% interval"]
+    right = int(7 * max(map(len, change.task_names))) + 68
+    title = "Similarity to the base against the change in accuracy"
+    return finish(figure, title, notes, **size, left=14, right=right, extra_top=24)
+
+
+def _dots(part: pd.DataFrame, name: str, task: str, number: int) -> go.Scatter:
+    values = f"{PREDICTORS[name]}: %{{x:.3f}}<br>accuracy %{{y:+.1%}}"
+    symbol = SYMBOLS[number // len(TASK_COLOURS) % len(SYMBOLS)]
+    return go.Scatter(
+        x=part[name].tolist(),
+        y=part["accuracy_change"].tolist(),
+        mode="markers",
+        marker={"color": TASK_COLOURS[number % len(TASK_COLOURS)], "symbol": symbol, "size": 8, "opacity": 0.85},
+        name=escaped(task),
+        legendgroup=escaped(task),
+        customdata=[escaped(label) for label in part["checkpoint"]],
+        hovertemplate=f"%{{fullData.name}}, %{{customdata}}<br>{values}<extra></extra>",
+    )
+
+
+def _straight(x: pd.Series, y: pd.Series) -> go.Scatter | None:
+    """The least-squares line through the points, from the first to the last."""
+    known = x.notna() & y.notna()
+    x, y = x[known].to_numpy(float), y[known].to_numpy(float)
+    if len(x) < 3 or np.ptp(x) == 0:
+        return None
+    slope, start = np.polyfit(x, y, 1)
+    ends = [float(x.min()), float(x.max())]
+    line = go.Scatter(x=ends, y=[start + slope * end for end in ends], mode="lines", hoverinfo="skip", showlegend=False)
+    return line.update(line={"color": FAINT, "width": 1.6, "dash": "dash"})
 
 
 KINDS = {
     "tasks": _plot_tasks,
     "matrix": _plot_matrix,
     "trajectory": _plot_trajectory,
-    "scatter": plot_scatter,
+    "scatter": _plot_scatter,
     "hidden": _plot_hidden,
     "effects": _plot_effects,
 }

@@ -24,7 +24,6 @@ __all__ = ["plot_effects", "plot_residual", "plot_shares", "plot_similarity"]
 KINDS = ("mean", "stderr", "tasks")
 
 
-# -- heads and residual stream ----------------------------------------------------------------------------------------
 def plot_effects(effects: HeadEffects, kind: str = "mean", *, task: str | None = None) -> go.Figure:
     """Heatmap of heads' effects, layer × head.
 
@@ -104,7 +103,6 @@ def plot_residual(effects: ResidualEffects) -> go.Figure:
     return finish(figure, "Patching the residual stream", notes, width=width, height=height, right=96)
 
 
-# -- vectors -----------------------------------------------------------------------------------------------------------
 def plot_shares(vector: InstructionVector) -> go.Figure:
     """Bars: the part of the vector's length that each head contributes; the parts add up to one."""
     if vector.shares is None or not vector.heads:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ivlens.plots.style import escaped
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from ivlens.plots.words import escaped
 
 __all__ = ["labels_beside"]
 
@@ -23,12 +23,8 @@ def labels_beside(
 ) -> list[dict[str, Any]]:
     """A name beside every point, tied to it by a thin line, where it covers the least of points, names and intervals.
 
-    Parameters
-    ----------
-    x, y
-        A row per point: `mean`, `low`, `high`; named by the index.
-    ranges, size
-        Of the axes, in their units and in pixels.
+    `x` and `y` have a row per point (`mean`, `low`, `high`), named by the index; `ranges` and `size` of the axes are in their
+    units and in pixels.
     """
 
     def pixel(value: float, axis: int) -> float:
@@ -41,17 +37,16 @@ def labels_beside(
         taken.append((px - 2, pixel(y["low"][m], 1), px + 2, pixel(y["high"][m], 1), 1.0))
     labels = []
     for m, (px, py) in places.items():
-        wide, best = 3.8 * len(m) + 4, None  # half of it
-        for far in (12, 24, 38, 54):
-            for turn in range(1, 17, 2):
-                dx, dy = math.cos(turn * math.pi / 8) * (far + wide), math.sin(turn * math.pi / 8) * (far + 8)
-                box = (px + dx - wide, py + dy - 8, px + dx + wide, py + dy + 8)
-                cost = far / 40 + sum(weight for *other, weight in taken if _overlap(box, other))
-                cost += 20 * (box[0] < 0 or box[1] < 0 or box[2] > size[0] or box[3] > size[1])
-                if best is None or cost < best[0]:
-                    best = (cost, dx, dy, box)
-        taken.append((*best[3], 10.0))
-        label = {"x": x["mean"][m], "y": y["mean"][m], "text": escaped(m), "ax": best[1], "ay": -best[2], "standoff": 6}
+        wide, tried = 3.8 * len(m) + 4, []  # half of its width
+        for far, turn in itertools.product((12, 24, 38, 54), range(1, 17, 2)):
+            dx, dy = math.cos(turn * math.pi / 8) * (far + wide), math.sin(turn * math.pi / 8) * (far + 8)
+            box = (px + dx - wide, py + dy - 8, px + dx + wide, py + dy + 8)
+            cost = far / 40 + sum(weight for *other, weight in taken if _overlap(box, other))
+            cost += 20 * (box[0] < 0 or box[1] < 0 or box[2] > size[0] or box[3] > size[1])
+            tried.append((cost, dx, dy, box))
+        _, dx, dy, box = min(tried, key=lambda place: place[0])
+        taken.append((*box, 10.0))
+        label = {"x": x["mean"][m], "y": y["mean"][m], "text": escaped(m), "ax": dx, "ay": -dy, "standoff": 6}
         line = {"showarrow": True, "arrowhead": 0, "arrowwidth": 1, "arrowcolor": colours[m]}
         labels.append({**label, **line, "font": {"color": colours[m], "size": 13}, "bgcolor": "rgba(255,255,255,0.7)"})
     return labels

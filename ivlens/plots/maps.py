@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ivlens.models.head import Head
-from ivlens.plots.style import bare, tick_step, ticks
+from ivlens.plots.style import BARE, tick_step, ticks
 from ivlens.plots.words import escaped, signed
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def hover_heads(mean: np.ndarray, error: np.ndarray) -> list[list[str]]:
 def grid_axes(figure: go.Figure, shape: tuple[int, ...], size: tuple[int, int], **where: int) -> None:
     """Axes of a map: heads along x, layers upwards from 0."""
     x, y = tick_step(shape[1], size[0] // 24), tick_step(shape[0], size[1] // 18)
-    figure.update_xaxes(title_text="head", tick0=0, dtick=x, range=[-0.5, shape[1] - 0.5], **bare(), **where)
-    figure.update_yaxes(title_text="layer", tick0=0, dtick=y, range=[-0.5, shape[0] - 0.5], **bare(), **where)
+    figure.update_xaxes(title_text="head", tick0=0, dtick=x, range=[-0.5, shape[1] - 0.5], **BARE, **where)
+    figure.update_yaxes(title_text="layer", tick0=0, dtick=y, range=[-0.5, shape[0] - 0.5], **BARE, **where)
 
 
 def cosine_map(
@@ -94,8 +94,8 @@ def cosine_map(
     figure = go.Figure(heatmap(cosines, hover, (side, side), colorscale=DIVERGING, zmin=-1, zmax=1, zmid=0))
     if len(names) <= 12:
         figure.update_traces(texttemplate="%{z:.2f}", textfont_size=12)
-    figure.update_xaxes(tickangle=-45, title_text=columns, **ticks(shown), **bare())
-    figure.update_yaxes(autorange="reversed", title_text=rows, **ticks(shown), **bare())
+    figure.update_xaxes(tickangle=-45, title_text=columns, **ticks(shown), **BARE)
+    figure.update_yaxes(autorange="reversed", title_text=rows, **ticks(shown), **BARE)
     colorbar(figure, "cosine")
     room, named = 7 * max(map(len, names)), 24 if rows or columns else 0
     margins = {"left": room - 50 + named, "right": 96, "extra_bottom": int(room * 0.75) - 30 + named}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens.plots.colours import FAINT, TASK_COLOURS
@@ -13,8 +14,6 @@ from ivlens.plots.traces import before_after, rate, task_bars, task_rows
 from ivlens.plots.words import counted, escaped, plain, span, which_tasks
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ivlens.dynamics import Recovery
     from ivlens.dynamics.probabilities import AnswerProbabilities
     from ivlens.training import TrainingRun
@@ -36,16 +35,13 @@ def plot_loss(run: TrainingRun) -> go.Figure:
     about, axis = run.settings, {"rangemode": "tozero", "zerolinecolor": FAINT, "ticklabelstandoff": 4}
     figure.update_xaxes(title_text="step", **axis)
     figure.update_yaxes(title_text="loss (nats)", **axis)
-    notes = [
-        f"mean over answer tokens, {losses[0]:.3f} at first, {losses[-1]:.3f} at last · {escaped(about['method'])}, "
-        f"{counted(about['steps'], 'step')} of {counted(about['batch_size'], 'prompt')}, "
-        f"learning rate {plain(about['learning_rate'])}"
-    ]
+    amounts = f"{counted(about['steps'], 'step')} of {counted(about['batch_size'], 'prompt')}"
+    how = f"{escaped(about['method'])}, {amounts}, learning rate {plain(about['learning_rate'])}"
+    notes = [f"mean over answer tokens, {losses[0]:.3f} at first, {losses[-1]:.3f} at last · {how}"]
     title = f"Loss while training on {which_tasks(about['tasks'])}"
     return finish(figure, title, notes, width=560, height=300, right=24)
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
 def plot_probabilities(before: AnswerProbabilities, after: AnswerProbabilities) -> go.Figure:
     """Knowledge beside instruction probability, before and after training: a row per task, on a log axis, 95 % intervals."""
     if before.task_names != after.task_names:
@@ -63,7 +59,8 @@ def plot_probabilities(before: AnswerProbabilities, after: AnswerProbabilities) 
         before_after(figure, column, parts, tasks, named=column == 1, digits=".2~g", least=10.0**floor)
     figure.update_xaxes(type="log", range=[floor, 0.06], title_text="probability of the answer")
     decades = range(0, floor - 1, -max(1, math.ceil(-floor / 6)))
-    figure.update_xaxes(tickvals=[10.0**k for k in decades], ticktext=[_power(k) for k in decades])
+    powers = [f"{10.0**k:g}" if k >= -3 else f"10<sup>−{-k}</sup>" for k in decades]
+    figure.update_xaxes(tickvals=[10.0**k for k in decades], ticktext=powers)
     notes = [f"mean and 95% interval · {span([*frames['before']['n'], *frames['after']['n']])} prompts per point"]
     if any((frame["mean"] <= 0).any() for frame in frames.values()):
         notes.append("at the left edge: too small for a number")
@@ -71,11 +68,6 @@ def plot_probabilities(before: AnswerProbabilities, after: AnswerProbabilities) 
     return finish(figure, title, notes, **size)
 
 
-def _power(k: int) -> str:
-    return f"{10.0**k:g}" if k >= -3 else f"10<sup>−{-k}</sup>"
-
-
-# -- putting old vectors back ------------------------------------------------------------------------------------------
 def plot_recovery(recovery: Recovery, checkpoint: str | None = None) -> go.Figure:
     """Bars per task: accuracy under every condition, with 95 % intervals.
 
@@ -99,19 +91,14 @@ def plot_recovery(recovery: Recovery, checkpoint: str | None = None) -> go.Figur
     figure, size = task_bars(frame, tasks, conditions, "accuracy, whole answer")
     of_base = frame["condition"].isin(OF_BASE)
     n = span(frame[~of_base]["n"])
-    if len(labels) == 1:
-        notes = [f"{escaped(labels[0])} · mean and 95% interval · {n} prompts per bar"]
-    else:
-        notes = [
-            f"mean and 95% interval · answers pooled over {len(labels)} checkpoints as if independent",
-            f"{n} answers per bar; before training {span(frame[of_base]['n'])}",
-        ]
+    notes = [f"{escaped(labels[0])} · mean and 95% interval · {n} prompts per bar"]
+    if len(labels) > 1:
+        pooled = f"mean and 95% interval · answers pooled over {len(labels)} checkpoints as if independent"
+        notes = [pooled, f"{n} answers per bar; before training {span(frame[of_base]['n'])}"]
     return finish(figure, "Accuracy with the old vector put back", notes, **size)
 
 
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
-    import pandas as pd
-
     rows = []
     for (task, condition), part in scores.groupby(["task", "condition"], sort=False):
         found = rate(part["hit"].tolist(), list(zip(part["checkpoint"], part["query"])))

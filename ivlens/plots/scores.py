@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from ivlens.plots import maps
 from ivlens.plots.colours import MARK
-from ivlens.plots.style import bare, finish, panels, ticks
+from ivlens.plots.style import BARE, finish, panels, ticks
 from ivlens.plots.traces import task_bars
 from ivlens.plots.words import counted, escaped, plain, span, unit
 
@@ -38,8 +38,8 @@ def plot_search(search: InjectionSearch) -> go.Figure:
         options = {"colorscale": maps.SEQUENTIAL, "zmin": 0, "zmax": 1, "showscale": column == 1}
         figure.add_trace(maps.heatmap(values, hover, panel, **options), 1, column)
         maps.outline(figure, x, y, MARK, row=1, col=column)
-    figure.update_xaxes(title_text="layer", **ticks(layers, panel[0] // 26), **bare())
-    figure.update_yaxes(**ticks([plain(s) for s in scales], panel[1] // 18), **bare())
+    figure.update_xaxes(title_text="layer", **ticks(layers, panel[0] // 26), **BARE)
+    figure.update_yaxes(**ticks([plain(s) for s in scales], panel[1] // 18), **BARE)
     figure.update_yaxes(title_text="scale", col=1)
     figure.update_yaxes(showticklabels=False, col=2)
     maps.colorbar(figure, "accuracy", tickformat=".0%")

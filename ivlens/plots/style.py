@@ -14,10 +14,12 @@ from plotly.subplots import make_subplots
 from ivlens.plots.colours import FAINT, GRID, INK
 from ivlens.plots.words import escaped
 
-__all__ = ["ZERO", "bare", "finish", "label_width", "legend_above", "legend_lines", "panels", "task_labels", "ticks"]
+__all__ = ["BARE", "LEGEND_ABOVE", "ZERO", "finish", "label_width", "legend_lines", "panels", "task_labels", "ticks"]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 ZERO = {"zerolinecolor": FAINT, "zerolinewidth": 1}
+BARE = {"showgrid": False, "zeroline": False}
+LEGEND_ABOVE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "font": {"size": 13}}
 # Buttons that would lie on the title; dragging zooms and a double click goes back.
 BUTTONS = ["zoom", "pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "resetScale", "sendChartToCloud"]
 
@@ -70,11 +72,6 @@ def finish(
     return figure
 
 
-# -- axes and legends --------------------------------------------------------------------------------------------------
-def bare() -> dict[str, Any]:
-    return {"showgrid": False, "zeroline": False}
-
-
 def tick_step(n: int, most: int) -> int:
     """The distance between ticks that leaves at most `most` of n."""
     return next((s for s in (1, 2, 4, 5, 8, 10, 16, 20, 32) if n <= s * most), max(1, n // max(1, most)))
@@ -86,17 +83,12 @@ def ticks(labels: Sequence[Any], most: int | None = None) -> dict[str, Any]:
     return {"tickvals": list(range(0, len(labels), step)), "ticktext": list(labels[::step])}
 
 
-def legend_above() -> dict[str, Any]:
-    return {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "font": {"size": 13}}
-
-
 def legend_lines(names: Sequence[str], width: int) -> int:
     """How many lines a legend above the plot takes; plotly puts it into columns once one line is too short."""
     widths = [8 * len(name) + 38 for name in names]
     return 1 if sum(widths) <= width else math.ceil(len(widths) / max(1, width // max(widths)))
 
 
-# -- labels ------------------------------------------------------------------------------------------------------------
 def task_labels(tasks: Sequence[str], width: int) -> tuple[dict[str, str], int, int]:
     """Labels that fit below a group of bars `width` pixels wide, their angle, and the height they need beyond a line.
 

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from ivlens.common.statistics import wilson
 from ivlens.plots.colours import BEFORE_AFTER, GRID, INK, condition_colours
-from ivlens.plots.style import bare, label_width, legend_above, legend_lines, panels, task_labels, ticks
+from ivlens.plots.style import BARE, LEGEND_ABOVE, label_width, legend_lines, panels, task_labels, ticks
 from ivlens.plots.words import escaped
 
 __all__ = ["before_after", "error_bars", "rate", "task_bars", "task_lines", "task_rows"]
@@ -29,7 +29,6 @@ def error_bars(mean: Sequence[float], low: Sequence[float], high: Sequence[float
     return {"array": up, "arrayminus": down, "symmetric": False, "color": colour, "thickness": 1.2, "width": 2}
 
 
-# -- bars --------------------------------------------------------------------------------------------------------------
 def task_bars(
     frame: pd.DataFrame, tasks: Sequence[str], conditions: Sequence[str], name: str, *, share: bool = True
 ) -> tuple[go.Figure, dict[str, int]]:
@@ -57,7 +56,7 @@ def task_bars(
         figure.update_xaxes(categoryarray=shown["tickvals"], range=[-0.5, n_columns - 0.5], **shown, row=row + 1, col=1)
     figure.update_xaxes(type="category", categoryorder="array", tickangle=angle)
     figure.update_yaxes(title_text=name, tickformat=".0%" if share else None, range=[0, 1.03])
-    figure.update_layout(barmode="group", bargap=0.22, bargroupgap=0.06, legend=legend_above())
+    figure.update_layout(barmode="group", bargap=0.22, bargroupgap=0.06, legend=LEGEND_ABOVE)
     margins = {"right": 24, "extra_top": 14 + 20 * legend_lines(conditions, width), "extra_bottom": room - 20}
     return figure, {**size, **margins}
 
@@ -76,17 +75,16 @@ def _bars(part: pd.DataFrame, condition: str, colour: str, digits: str) -> go.Ba
     )
 
 
-# -- a row per task ----------------------------------------------------------------------------------------------------
 def task_rows(tasks: Sequence[str], titles: Sequence[str], *, panel: int = 320) -> tuple[go.Figure, dict[str, int]]:
     """Panels side by side with a row per task, the first at the top; and what `finish` must know."""
     height = max(110, (34 if len(tasks) <= 12 else 26) * len(tasks))
     figure, size = panels(1, len(titles), (panel, height), (44, 0), titles)
-    figure.update_yaxes(range=[len(tasks) - 0.5, -0.5], showticklabels=False, **bare())
+    figure.update_yaxes(range=[len(tasks) - 0.5, -0.5], showticklabels=False, **BARE)
     figure.update_yaxes(**ticks([escaped(task) for task in tasks]), showticklabels=True, ticklabelstandoff=4, col=1)
     for edge in range(1, len(tasks)):
         figure.add_hline(edge - 0.5, line={"color": GRID, "width": 1}, layer="below", exclude_empty_subplots=False)
     figure.update_xaxes(zeroline=False)
-    figure.update_layout(legend=legend_above() | {"y": 1 + 24 / height})
+    figure.update_layout(legend=LEGEND_ABOVE | {"y": 1 + 24 / height})
     left = max(0, int(7.5 * max(map(len, tasks))) - 50)
     return figure, {**size, "left": left, "right": 28, "extra_top": 46}
 
@@ -125,7 +123,6 @@ def before_after(
         figure.add_trace(points, 1, column)
 
 
-# -- lines -------------------------------------------------------------------------------------------------------------
 def task_lines(
     figure: go.Figure,
     x: Sequence[int],

@@ -1,6 +1,8 @@
 """Verifiers: whether an answer has the form that was asked for, decided by a program from its text alone.
 
 A check is named in a text, so that it stands in files and keys: `bullets`, `language: es`, `ends_with: That is all.`
+It sees the answer alone: whether this is to the point, or repeats the question, isn't asked.
+What a word is, and which texts say nothing, is told in `tasks/answers.py`.
 """
 
 from __future__ import annotations
@@ -8,17 +10,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from ivlens.common.hints import hint
+from ivlens.tasks.answers import closed_json, count_words, is_degenerate, loose_variants, stands_in, words_of
 
 __all__ = ["CHECKS", "check_source", "parse_check", "passes", "register_check"]
 
 Verifier = Callable[..., bool]
-WORD = re.compile(r"\w+(?:['’]\w+)*")
 CHECKS: dict[str, Verifier] = {}
 
 
@@ -59,6 +60,8 @@ def parse_check(check: str) -> tuple[Verifier, str | None]:
         raise ValueError(f"check {name!r} {wrong}")
     if name in COUNTED and not re.fullmatch(r"[1-9]\d*", argument):
         raise ValueError(f"check {check!r} needs a whole number of words, 1 or more")
+    if name in WORDED and not words_of(argument):
+        raise ValueError(f"check {check!r} needs a word after the colon")
     if name == "language" and argument not in LANGUAGES:
         raise ValueError(
             f"check {check!r} names a language that isn't told apart; choose one of {', '.join(LANGUAGES)}"
@@ -82,7 +85,12 @@ def passes(check: str, text: str, *, loose: bool = False) -> bool:
     """
     function, argument = parse_check(check)
     given = () if argument is None else (argument,)
-    for variant in _variants(text) if loose else [text.strip()]:
+    if is_degenerate(text):
+        return False
+    variants = loose_variants(text) if loose else [text.strip()]
+    if loose and function is json_text:
+        variants += closed_json(text.strip())
+    for variant in variants:
         try:
             if not is_degenerate(variant) and function(variant, *given):
                 return True
@@ -103,153 +111,152 @@ def check_source(check: str) -> str:
         return repr(getattr(function, "__code__", function).co_code if hasattr(function, "__code__") else function)
 
 
-def _variants(text: str) -> list[str]:
-    lines = text.strip().split("\n")
-    cut = ["\n".join(part).strip() for part in (lines, lines[1:], lines[:-1], lines[1:-1])]
-    return [*cut, *(part.replace("*", "").strip() for part in cut), *_closed(text.strip())]
-
-
-def _closed(text: str) -> list[str]:
-    """JSON that was cut off, its strings and brackets closed: as it stands, and without its last, unfinished member."""
-    text = re.sub(r"^```(?:json)?\s*", "", text, flags=re.I)
-    ends: list[tuple[str, list[str]]] = []
-    stack: list[str] = []
-    in_string = escaped = False
-    for i, c in enumerate(text if text[:1] in ("{", "[") else ""):
-        if in_string:
-            in_string, escaped = escaped or c != '"', not escaped and c == "\\"
-        elif c == '"':
-            in_string = True
-        elif c in "{[":
-            stack.append("}" if c == "{" else "]")
-        elif c in "}]" and stack:
-            stack.pop()
-        elif c == ",":
-            ends = [(text[:i], stack.copy())]
-    ends.append((text + '"' * in_string, stack))
-    return [part + "".join(reversed(left)) for part, left in ends if left]
-
-
-def is_degenerate(text: str) -> bool:
-    """Whether a text says nothing: no letters, one word or phrase over and over, a letter drawn out."""
-    words = WORD.findall(text.casefold())
-    words = [word for word in words if re.search(r"[^\W\d_]", word)]
-    if not words or any(len(word) > 7 and len(set(word)) < 3 for word in words):
-        return True
-    threes = list(zip(words, words[1:], words[2:]))
-    commonest = Counter(words).most_common(1)[0][1]
-    return (len(words) > 3 and commonest > 0.6 * len(words)) or (
-        len(threes) > 6 and len(set(threes)) < 0.5 * len(threes)
-    )
-
-
 # -- form ---------------------------------------------------------------------------------------------------------------
 @register_check("bullets")
 def bullets(text: str) -> bool:
-    """Two different bulleted lines or more, and no more other lines than these."""
-    return _items(text, r"\s*[-*•–]\s+(?=\S)")
+    """Two different bulleted lines or more (`*`, `-`, `•` …), few said twice, and no more other lines than these; the last may be
+    cut off.
+    """
+    return _items(text, r"\s*(?:[-–—*+]\s+|[•‣◦●▪·]\s*)(?=\S)")
 
 
 @register_check("numbered_list")
 def numbered_list(text: str) -> bool:
-    """Lines numbered 1, 2, …, two different ones or more, and no more other lines than these."""
-    numbers = [int(n) for n in re.findall(r"^\s*(\d+)[.)]\s+(?=\S)", text, re.M)]
-    return numbers == list(range(1, len(numbers) + 1)) and _items(text, r"\s*\d+[.)]\s+(?=\S)")
+    """Lines numbered 1, 2, … (`1.`, `1)`), two different ones or more, few said twice, and no more other lines than these; the last
+    may be cut off.
+    """
+    mark = r"[ \t]*(?:\*\*|__)?\(?(\d+)[.)](?:\*\*|__)?[ \t]+(?=\S)"
+    numbers = [int(n) for n in re.findall(f"^{mark}", text, re.M)]
+    return numbers == list(range(1, len(numbers) + 1)) and _items(text, mark)
 
 
 def _items(text: str, mark: str) -> bool:
     lines = [line for line in text.split("\n") if line.strip()]
-    items = [re.sub(mark, "", line, count=1) for line in lines if re.match(mark, line)]
-    said = [item.casefold().strip() for item in items if WORD.search(item)]
-    return len(said) == len(items) and len(set(said)) >= 2 and 2 * len(items) >= len(lines)
+    items = [words_of(line[found.end() :]) for line in lines if (found := re.match(mark, line))]
+    if items and not items[-1] and re.match(mark, lines[-1]):
+        items, lines = items[:-1], lines[:-1]
+    different = len(set(map(tuple, items)))
+    return all(items) and different >= 2 and 2 * different > len(items) and 2 * len(items) >= len(lines)
 
 
 @register_check("json")
 def json_text(text: str) -> bool:
-    """A JSON object or list with something in it, alone or in a code fence."""
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n\s*```", text, re.S | re.I)
+    """A JSON object or list in which something is said (not only empty texts, nulls and lists), alone or in a code fence."""
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.S | re.I)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+        return isinstance(value, (dict, list)) and _says(value)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, (dict, list)) and bool(value)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _says(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_says, value.values() if isinstance(value, dict) else value))
+    return value is not None and bool(words_of(str(value)))
 
 
 @register_check("title")
 def title(text: str) -> bool:
-    """A title in double angular brackets, <<like this>>, on one line."""
-    return any(WORD.search(found) for found in re.findall(r"<<([^<>\n]+)>>", text))
+    """A title in double angular brackets, <<like this>>, at the beginning of a line or after a colon, and words beside it."""
+    titles = re.findall(r"(?:^|:)[^\w<>\n]*<<([^<>\n]+)>>", text, re.M)
+    return any(map(words_of, titles)) and bool(words_of(re.sub("<<[^<>\n]*>>", "", text)))
 
 
 @register_check("poem")
 def poem(text: str) -> bool:
-    """Three short lines or more (two to ten words), nothing but such lines, no list."""
+    """Three different lines or more of two to ten words each, no other lines but a short first one (a title) and a last one that is
+    cut off, no list, code or table.
+    """
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    listed = any(re.match(r"([-*•–]|\d+[.)])\s", line) for line in lines)
-    short = [2 <= len(WORD.findall(line)) <= 10 for line in lines[:-1]]  # the last may be cut off
-    return len(lines) >= 3 and all(short) and len(WORD.findall(lines[-1])) <= 10 and not listed
+    words = [count_words(line) for line in lines]
+    listed = any(re.match(r"([-–—*+•]|\d+[.)])\s|[`{}\[\]|<#]", line) for line in lines[1:])
+    short = len({line.casefold() for line, n in zip(lines, words) if 2 <= n <= 10}) >= 3
+    return short and min(words[1:-1]) >= 2 and max(words) <= 10 and not listed
 
 
 @register_check("quoted")
 def quoted(text: str) -> bool:
-    """The whole answer in double quotation marks, and none within."""
-    return bool(re.fullmatch(r"[\"“„«][^\"“”„«»]+[\"”“»]", text))
+    """The whole answer in double quotation marks that belong together, and none within."""
+    inner = '[^"“”„«»]+'
+    pairs = (r"[\"“]", r"[\"”]"), ("„", r"[\"“”]"), ("«", "»"), ("»", "«"), ("”", "”")
+    return any(re.fullmatch(first + inner + last, text) for first, last in pairs)
 
 
 @register_check("capitals")
 def capitals(text: str) -> bool:
-    """Capital letters only."""
-    return text == text.upper() and text != text.lower()
+    """No small letter, and more capitals than letters without a case."""
+    return text == text.upper() and _mostly(str.isupper, text)
 
 
 @register_check("lower_case")
 def lower_case(text: str) -> bool:
-    """No capital letter."""
-    return text == text.lower() and text != text.upper()
+    """No capital letter, and more small letters than letters without a case."""
+    return text == text.lower() and _mostly(str.islower, text)
+
+
+def _mostly(has_case: Callable[[str], bool], text: str) -> bool:
+    letters = [c for c in text if c.isalpha()]
+    return 2 * sum(map(has_case, letters)) > len(letters)
 
 
 # -- length and words ---------------------------------------------------------------------------------------------------
+TITLES = r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|(?:[A-Z]\.)*[A-Z])\.(?=\s+\S)"  # and initials
+ABBREVIATIONS = re.compile(TITLES + r"|\b(?:vs|etc|approx|ca|(?:[a-z]\.)*[a-z])\.(?=\s+[^\sA-Z])")
+END = re.compile(r"[.!?…؟।]+([\"”»“’')\]*_]*)(?=\s|$)|[。！？]+")
+
+
 @register_check("one_sentence")
 def one_sentence(text: str) -> bool:
-    """One sentence of four words or more that has come to its end."""
-    ends = re.findall(r"[.!?…]+[\"”')\]]*(?=\s|$)", re.sub(r"\b(?:Mr|Mrs|Ms|Dr|St|e\.g|i\.e|etc|vs)\.", " ", text))
-    ended = re.search(r"[.!?…][\"”')\]]*$", text) is not None
-    return ended and len(ends) == 1 and len(WORD.findall(text)) >= 4 and "\n" not in text
+    """One sentence of four words or more, on one line, that has come to its end. Quoted words and dots (…) may end within it, where it
+    goes on with a small letter.
+    """
+    text = ABBREVIATIONS.sub(" ", text)
+    goes_on = [m for m in END.finditer(text) if m[1] or m[0].endswith(("…", "..."))]
+    goes_on = {m.end() for m in goes_on if text[m.end() :].lstrip()[:1].islower()}
+    ends = [m.end() for m in END.finditer(text) if m.end() not in goes_on]
+    return len(ends) == 1 and not words_of(text[ends[0] :]) and count_words(text) >= 4 and "\n" not in text
 
 
 @register_check("at_most_words")
 def at_most_words(text: str, n: str) -> bool:
     """No more than n words."""
-    return len(WORD.findall(text)) <= int(n)
-
-
-COUNTED = ("at_most_words",)
+    return count_words(text) <= int(n)
 
 
 @register_check("ends_with")
 def ends_with(text: str, sentence: str) -> bool:
-    """Something, and then this sentence, word for word."""
-    said, asked = (re.sub(r"\W+$", "", " ".join(x.casefold().split())) for x in (text, sentence))
-    return said.endswith(asked) and bool(WORD.search(said[: len(said) - len(asked)]))
+    """Something else, and then this sentence, word for word (but for case and punctuation)."""
+    said, asked = words_of(text), words_of(sentence)
+    rest = said
+    while rest and rest[-len(asked) :] == asked:
+        rest = rest[: -len(asked)]
+    return rest != said and bool(rest)
 
 
 @register_check("no_comma")
 def no_comma(text: str) -> bool:
-    """Six words or more without a comma."""
-    return not re.search("[,，、،]", text) and len(WORD.findall(text)) >= 6
+    """Six words or more without a comma, in numbers neither."""
+    return not re.search("[,，、،﹐､]", text) and count_words(text) >= 6
 
 
 @register_check("includes")
 def includes(text: str, word: str) -> bool:
-    """The word (or phrase) stands in it, beside others."""
-    words = len(WORD.findall(text))
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.I) is not None and words > 2 * len(WORD.findall(word))
+    """The word (or phrase) stands in it as it is, in any case, among more than as many others."""
+    return stands_in(word, text) and len(words_of(text)) > 2 * len(words_of(word))
 
 
 @register_check("avoids")
 def avoids(text: str, word: str) -> bool:
-    """Six words or more, and this one isn't among them."""
-    return not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.I) and len(WORD.findall(text)) >= 6
+    """Six words or more, and this one (or this phrase) isn't among them."""
+    return not stands_in(word, text) and count_words(text) >= 6
+
+
+COUNTED, WORDED = ("at_most_words",), ("ends_with", "includes", "avoids")
 
 
 # -- language -----------------------------------------------------------------------------------------------------------
@@ -261,8 +268,15 @@ LANGUAGES = (
 
 @register_check("language")
 def language(text: str, code: str) -> bool:
-    """Written in this language (two letters, ISO 639-1), told from 27 others by py3langid."""
-    return _identifier().classify(text)[0] == code and len(re.findall(r"[^\W\d_]", text)) >= 12
+    """Written in this language (two letters, ISO 639-1), told from 27 others by py3langid: three words or more that are clearly (e⁵ times)
+    likelier in it than in any other, and no sentence or line that is far (e²⁰ times) likelier in another.
+    """
+    text = text.encode("utf-8", "replace").decode()  # half a character is none
+    (first, score), (_, next_score) = _identifier().rank(text)[:2]
+    if first != code or score - next_score < 5 or len(words_of(text)) < 3:
+        return False
+    ranks = [_identifier().rank(part) for part in re.split(r"[.!?:\n]+", text) if words_of(part)]
+    return all(rank[0][1] - dict(rank)[code] < 20 for rank in ranks)
 
 
 @cache

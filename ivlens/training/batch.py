@@ -46,21 +46,14 @@ class Collator(DataCollatorForSeq2Seq):
 class Batch:
     """What the collator gives, sorted.
 
-    Attributes
-    ----------
-    inputs
-        What a model takes.
-    last
-        Position of each row's last prompt token.
-    where
-        Which positions each divergence is over, by name, and at which ones a teacher is `kept`: all that any needs.
+    `where` says which positions each divergence is over, by name, and at which ones a teacher is `kept`: all that any needs.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]  # what a model takes
     labels: Int[Tensor, "row pos"]
     tasks: Int[Tensor, " row"]
     examples: Int[Tensor, " row"]
-    last: Int[Tensor, " row"]
+    last: Int[Tensor, " row"]  # position of the last prompt token
     where: dict[str, Bool[Tensor, "row pos"]]
 
     @classmethod

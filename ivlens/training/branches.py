@@ -51,10 +51,7 @@ class Fed:
     ) -> tuple[Any, Float[Tensor, "n d_vocab"] | None, Float[Tensor, "m d_vocab"] | None]:
         """The model's outputs, and logits of the branches at the positions wanted, in the order of rows.
 
-        Parameters
-        ----------
-        sparse
-            The model can be asked for the logits of some columns only (`logits_to_keep`).
+        `sparse`: the model can be asked for the logits of some columns only (`logits_to_keep`).
         """
         both = ((self.steered, steered), (self.plain, plain))
         wanted = [None if where is None else branch.places(where) for branch, where in both]

@@ -27,18 +27,10 @@ __all__ = ["TaskInjection", "TrainingHooks"]
 
 @dataclass
 class TrainingHooks:
-    """Hooks of one model. Set `positions`, `additions` and `read` before each forward pass.
+    """Hooks of one model. Set `positions`, `additions` and `read` before each forward pass; `z` has the heads' outputs after it.
 
-    Attributes
-    ----------
-    positions
-        Column of the last prompt token in each of the first rows, [row]; what comes in further rows is left alone.
-    additions
-        What is added there, [row d_model], by layer.
-    read
-        Row and column of every place where `z` is read.
-    heads
-        The heads whose outputs `z` gives after a pass.
+    `positions` are the columns of the last prompt token in the first rows, `additions` what is added there, by layer; further
+    rows are left alone. `read` is row and column of every place where `z` is read.
     """
 
     heads: tuple[Head, ...] = ()
@@ -112,13 +104,7 @@ class TaskInjection:
     def of(
         cls, vectors: Mapping[str, InstructionVector] | None, tasks: Sequence[str], guidance: Guidance, config: Any
     ) -> TaskInjection:
-        """Of the vectors of these tasks, as the guidance says, in a model with this config.
-
-        Raises
-        ------
-        ValueError
-            If a task has no vector, or a vector or layer doesn't fit the model.
-        """
+        """Of the vectors of these tasks, as the guidance says, in a model with this config; ValueError where they don't fit."""
         width, depth = config.hidden_size, config.num_hidden_layers
         if guidance.layer is not None:
             _within(guidance.layer, depth)

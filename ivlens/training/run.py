@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 
 from ivlens.common.keys import differences
@@ -18,7 +19,6 @@ from ivlens.models.adapters import record_base, stack_adapters
 from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
     from ivlens.training.methods import Stage
@@ -72,8 +72,6 @@ class TrainingRun:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per logged step."""
-        import pandas as pd
-
         return pd.DataFrame(self.log)
 
     def plot(self) -> go.Figure:
@@ -96,10 +94,7 @@ class TrainingRun:
 def settled(folder: Path, record: dict[str, Any]) -> bool:
     """Whether the run with this record (see `ivlens.common.keys.recorded`) is finished already. Notes it where it is new.
 
-    Raises
-    ------
-    ValueError
-        If the folder holds another run, or files that a run would write but that aren't known to be one's.
+    ValueError if the folder holds another run, or files that a run would write but that aren't known to be one's.
     """
     path = folder / SETTINGS
     if path.is_file():

@@ -53,32 +53,20 @@ def kept_divergence(
     q = softened.gather(-1, teacher.indices.long()) - softened.logsumexp(-1, keepdim=True)
     p = teacher.values
     if p.shape[-1] < student.shape[-1]:
-        p, q = (torch.cat([x, _rest(x)], dim=-1) for x in (p, q))
+        rests = [1 - x.exp().sum(-1, keepdim=True) for x in (p, q)]  # kept above what float32 can tell from nothing
+        p, q = (torch.cat([x, rest.clamp(min=1e-7).log()], dim=-1) for x, rest in zip((p, q), rests))
     if direction == "student_teacher":
         p, q = q, p
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _rest(log_probabilities: Float[Tensor, "n k"]) -> Float[Tensor, "n 1"]:
-    """Log of the probability that is left over, kept above what float32 can tell from nothing."""
-    return (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-7).log()
-
-
 @dataclass(frozen=True)
 class KeptTeacher:
-    """Outputs of every example: at its positions, one example after the other, and of the heads.
-
-    Attributes
-    ----------
-    offsets
-        Where each example's positions begin, [example + 1].
-    z
-        Heads' outputs at the last prompt token, [example head d_head]; None where there are none to compare.
-    """
+    """Outputs of every example: at its positions, one example after the other, and of the heads at the last prompt token."""
 
     top: TopK
-    offsets: Int[Tensor, " example"]
-    z: Float[Tensor, "example head d_head"] | None
+    offsets: Int[Tensor, " example"]  # where each example's positions begin, and where the last one's end
+    z: Float[Tensor, "example head d_head"] | None  # None where there are no heads to compare
 
     def rows(self, examples: Int[Tensor, " row"], device: torch.device) -> tuple[TopK, Tensor | None]:
         """Those of a batch, in its order."""
@@ -108,12 +96,8 @@ def keep_teacher(
 ) -> KeptTeacher:
     """Ask the teacher about every example once, or read what an earlier run with the same teacher kept.
 
-    Parameters
-    ----------
-    teach
-        From example numbers to each one's logits [position d_vocab], and the heads' outputs.
-    path
-        Where it is kept; a disk that can't take it costs the file only: the run goes on with what is in memory.
+    `teach` goes from example numbers to each one's logits [position d_vocab], and the heads' outputs. A disk that can't take
+    the file costs the file only: the run goes on with what is in memory.
     """
     if path.is_file():
         return KeptTeacher.load(path)

@@ -12,20 +12,8 @@ from ivlens.training.methods.method import Method, Stage
 from ivlens.training.methods.o_lora import OLoRA
 from ivlens.training.methods.replay import Replay
 
-__all__ = [
-    "EWC",
-    "METHODS",
-    "Averaging",
-    "FreshLoRA",
-    "Guided",
-    "LwF",
-    "Method",
-    "OLoRA",
-    "Replay",
-    "SequentialLoRA",
-    "Stage",
-    "as_method",
-]
+__all__ = ["EWC", "METHODS", "Averaging", "FreshLoRA", "Guided", "LwF", "Method", "OLoRA", "Replay"]
+__all__ += ["SequentialLoRA", "Stage", "as_method"]
 
 METHODS: dict[str, Method] = {
     "lora": SequentialLoRA(),

@@ -1,0 +1,74 @@
+"""Answers as texts: their words in any script, whether they say anything, and what is left of them without frame or finished.
+
+A word is a run of letters and digits; in scripts without spaces (Chinese, Japanese, Thai), a character.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+
+__all__ = ["closed_json", "count_words", "is_degenerate", "loose_variants", "stands_in", "words_of"]
+
+MARKS = "".join(c for c in map(chr, range(0x300, 0xFF00)) if unicodedata.category(c)[0] == "M")  # accents, vowel signs
+UNSPACED = "\u0e01-\u0e2e\u0e40-\u0e46\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Thai, kana, Han
+WORD = re.compile(rf"[{UNSPACED}][{MARKS}\u0e30-\u0e33]*|[^\W_{UNSPACED}](?:[^\W_{UNSPACED}]|[{MARKS}])*")
+
+
+def words_of(text: str) -> list[str]:
+    """All words, small letters, accents composed."""
+    return WORD.findall(unicodedata.normalize("NFC", text.casefold()))
+
+
+def count_words(text: str) -> int:
+    """How many words: don't, well-known and 1,000 are one each."""
+    return len(words_of(re.sub(r"(?<=[^\W_])['’‑-](?=[^\W_])|(?<=\d)[.,](?=\d)", "", text)))
+
+
+def stands_in(asked: str, text: str) -> bool:
+    """Whether a word or phrase stands in a text, word for word."""
+    words, few = words_of(text), words_of(asked)
+    return any(words[i : i + len(few)] == few for i in range(len(words)))
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether a text says nothing: no letters (but for one to three numbers on a line), or one word, phrase or letter over and over."""
+    apart = rf"((?:[^\W_]|[{MARKS}]){{1,40}}?)\1{{3,}}"  # hahahaha: ha ha ha ha
+    text = re.sub(r"```\w*", "", text.strip()).casefold()
+    said = words_of(re.sub(apart, lambda run: f" {run[1]}" * (len(run[0]) // len(run[1])) + " ", text))
+    words = [word for word in said if re.search(r"[^\W\d_]", word)]
+    if not words:
+        return "\n" in text or not 1 <= len(said) <= 3
+    commonest = Counter(words).most_common(1)[0][1]
+    threes = list(zip(words, words[1:], words[2:]))
+    drones = commonest > 2 and commonest > 0.6 * len(words)
+    return drones or (len(threes) > 3 and len(set(threes)) <= 0.5 * len(threes))
+
+
+def loose_variants(text: str) -> list[str]:
+    """The text as it stands, without its first line, its last, and both; and each of these without asterisks."""
+    lines = text.strip().split("\n")
+    cut = ["\n".join(part).strip() for part in (lines, lines[1:], lines[:-1], lines[1:-1])]
+    return [*cut, *(part.replace("*", "").strip() for part in cut)]
+
+
+def closed_json(text: str) -> list[str]:
+    """JSON that was cut off, its strings and brackets closed: as it stands, and without its last, unfinished member."""
+    text = re.sub(r"^```(?:json)?\s*", "", text, flags=re.I)
+    ends: list[tuple[str, list[str]]] = []
+    stack: list[str] = []
+    in_string = escaped = False
+    for i, c in enumerate(text if text[:1] in ("{", "[") else ""):
+        if in_string:
+            in_string, escaped = escaped or c != '"', not escaped and c == "\\"
+        elif c == '"':
+            in_string = True
+        elif c in "{[":
+            stack.append("}" if c == "{" else "]")
+        elif c in "}]" and stack:
+            stack.pop()
+        elif c == ",":
+            ends = [(text[:i], stack.copy())]
+    ends.append((text + '"' * in_string, stack))
+    return [part + "".join(reversed(left)) for part, left in ends if left]
