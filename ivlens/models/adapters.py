@@ -77,44 +77,41 @@ def add_adapter(
     """
     from peft import PeftModel
 
-    local = Path(path).is_dir()
-    if local:
+    if Path(path).is_dir():
         check_files(path)
         record = Path(path) / RECORD
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         if known and known.get("base_fingerprint") != fingerprint:
-            raise ValueError(
-                f"the adapter {path} was trained on another base model ({known.get('base')}), not on {label}; "
-                "load it with the base it was trained on"
-            )
+            other = f"another base model ({known.get('base')}), not on {label}"
+            raise ValueError(f"the adapter {path} was trained on {other}; load it with the base it was trained on")
     try:
         if isinstance(hf_model, PeftModel):
             hf_model.load_adapter(str(path), adapter_name=name, is_trainable=trainable)
             return hf_model
         return PeftModel.from_pretrained(hf_model, str(path), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the adapter {path} doesn't fit {label} ({reason(error)}); load it with the base it was trained on"
-        ) from error
+        said = f"the adapter {path} doesn't fit {label} ({reason(error)})"
+        raise ValueError(f"{said}; load it with the base it was trained on") from error
 
 
 def fused_adapters(hf_model: Any) -> list[str]:
     """Names of fused projections with an adapter on them: a hooked model cuts these into parts, which pass it by."""
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in hf_model.named_modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "base_layer")
-    }
-    return sorted(names & FUSED) if hasattr(hf_model, "merge_and_unload") else []
+    if not hasattr(hf_model, "merge_and_unload"):
+        return []
+    return sorted({name.rsplit(".", 1)[-1] for name in adapter_layers(hf_model)} & FUSED)
+
+
+def adapter_layers(model: Any) -> dict[str, Any]:
+    """Every layer with adapters on it, by name."""
+    layers = model.named_modules()
+    return {name: x for name, x in layers if hasattr(x, "active_adapters") and hasattr(x, "base_layer")}
 
 
 def check_kind(config: Any, label: str) -> None:
     """Raise ValueError where an adapter is a prompt or prefix of its own, which no hooked model would run."""
     if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"the adapter of {label} goes before the prompt ({config.peft_type.value}) instead of changing weights, which are what "
-            "ivlens measures; use LoRA or another adapter that can be merged"
-        )
+        said = f"the adapter of {label} goes before the prompt ({config.peft_type.value}) instead of changing weights"
+        raise ValueError(f"{said}; use LoRA or another adapter that can be merged")
 
 
 def merged(hf_model: Any) -> Any:
@@ -145,18 +142,15 @@ def _more_than_lora(config: Any) -> list[str]:
     more = [] if kind == "LORA" else [kind]
     more += [f"{name}={value!r}" for name in NOT_STACKED if (value := getattr(config, name, None)) and value != "none"]
     init = getattr(config, "init_lora_weights", True)
-    return more + (
-        [] if init in (None, True, False, "gaussian", "orthogonal", "eva") else [f"init_lora_weights={init!r}"]
-    )
+    as_is = init in (None, True, False, "gaussian", "orthogonal", "eva")
+    return more if as_is else [*more, f"init_lora_weights={init!r}"]
 
 
 def check_stackable(config: Any) -> None:
     """Raise ValueError where an adapter of this config can't be put together with another one."""
     if more := _more_than_lora(config):
-        raise ValueError(
-            f"an adapter with {', '.join(more)} can't be put together with those of other stages, as this method does; use a plain "
-            "LoraConfig"
-        )
+        said = f"an adapter with {', '.join(more)} can't be put together with those of other stages"
+        raise ValueError(f"{said}, as this method does; use a plain LoraConfig")
 
 
 def freeze_adapter(peft_model: Any, name: str) -> None:
@@ -210,13 +204,9 @@ def stack_adapters(first: str | Path, second: str | Path) -> None:
     configs = [json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")) for path in (first, second)]
     parts = [_scaled(adapter_weights(path), config, path) for path, config in zip((first, second), configs)]
     if parts[0].keys() != parts[1].keys():
-        raise ValueError(
-            f"{first} and {second} are on different modules; train every stage with the same LoRA settings"
-        )
-    stacked = {}
-    for name in parts[0]:
-        pair = [part[name] for part in parts]
-        stacked[name] = torch.cat(pair, dim=0 if ".lora_A." in name else 1).contiguous()
+        raise ValueError(f"{first} and {second} are on different modules; train every stage with the same settings")
+    one, two = parts
+    stacked = {name: torch.cat([one[name], two[name]], dim=0 if ".lora_A." in name else 1) for name in one}
     rank = sum(config["r"] for config in configs)
     changed = {**configs[1], "r": rank, "lora_alpha": rank, "use_rslora": False}  # B carries the scale
     (Path(second) / CONFIG).write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -67,11 +67,11 @@ class Backend(ABC):
     """One hooked model seen through the operations the library needs. Holds no state of its own besides the model."""
 
     def __init__(self, model: Any):
-        self.model = model
-        cfg = model.cfg
+        self.model, cfg = model, model.cfg
         self.n_layers: int = cfg.n_layers
         self.n_heads: int = cfg.n_heads
         self.d_model: int = cfg.d_model
+        self.d_vocab = int(cfg.d_vocab)
         self.n_ctx: int | None = getattr(cfg, "n_ctx", None)
         self.name: str = str(getattr(cfg, "model_name", None) or type(model).__name__)
 
@@ -100,10 +100,6 @@ class Backend(ABC):
         """What two models must share for a vector of one to mean anything in the other."""
         return {"n_layers": self.n_layers, "n_heads": self.n_heads, "d_model": self.d_model, "d_vocab": self.d_vocab}
 
-    @property
-    def d_vocab(self) -> int:
-        return int(self.model.cfg.d_vocab)
-
     @cached_property
     def d_head(self) -> int:
         """Width of a head's output; of the widest, where layers differ: others' are filled up with zeros."""
@@ -131,10 +127,8 @@ class Backend(ABC):
     def check_layer(self, layer: int) -> int:
         """The layer as a number from 0 (negative layers count from the end)."""
         if not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(
-                f"layer={layer} is out of range: {self.name} has layers 0 to {self.n_layers - 1} "
-                f"(or -{self.n_layers} to -1 from the end)"
-            )
+            there = f"layers 0 to {self.n_layers - 1} (or -{self.n_layers} to -1 from the end)"
+            raise ValueError(f"layer={layer} is out of range: {self.name} has {there}")
         return layer % self.n_layers
 
     def check_head(self, layer: int, head: int) -> Head:
@@ -149,11 +143,9 @@ class Backend(ABC):
         """Raise where a layer has no `hook_z`: state-space and some hybrid layers have no attention heads to patch."""
         missing = [layer for layer in range(self.n_layers) if self.z_hook(layer) not in self.model.hook_dict]
         if missing:
-            raise ValueError(
-                f"{self.name} has no attention output hook ({self.z_hook(missing[0])}) in layer(s) "
-                f"{', '.join(map(str, missing[:8]))}{', …' if len(missing) > 8 else ''}: ivlens works on attention heads; "
-                "use a model whose every layer has softmax attention"
-            )
+            some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+            said = f"{self.name} has no attention output hook ({self.z_hook(missing[0])}) in layer(s) {some}"
+            raise ValueError(f"{said}; use a model whose every layer has softmax attention")
 
     # -- running ----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -251,9 +243,7 @@ class Backend(ABC):
         if norm is None:
             return shares
         if isinstance(norm, torch.nn.LayerNorm):
-            raise ValueError(
-                f"{self.name} centres what its attention adds, and only norms that don't are known; its heads have no shares"
-            )
+            raise ValueError(f"{self.name} centres what its attention adds, so that its heads have no shares")
         scale = self.norm_scales(layer, z[None]).item() if scale is None else scale
         gain = norm(torch.ones(1, 1, self.d_model, device=out.device, dtype=torch.float32))[0, 0]  # of ones, its weight
         return shares * scale * gain.to(shares)

@@ -23,7 +23,5 @@ def backend_of(model: Any) -> Backend:
         return BridgeBackend(model)
     if any(cls.__name__ == "HookedTransformer" for cls in type(model).__mro__):
         return HookedBackend(model)
-    raise TypeError(
-        f"expected a TransformerBridge or HookedTransformer, got {type(model).__name__}; "
-        "turn a Hugging Face or PEFT model into one with ivl.load_model(model, tokenizer=...)"
-    )
+    said = f"expected a TransformerBridge or HookedTransformer, got {type(model).__name__}"
+    raise TypeError(f"{said}; turn it into one with ivl.load_model(model, tokenizer=...)")

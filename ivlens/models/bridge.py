@@ -15,7 +15,7 @@ from ivlens.models.backend import Backend, Prefix, additive_mask, append_copies,
 __all__ = ["BridgeBackend"]
 
 
-def _prefix_cache(config: Any = None) -> Any:
+def _prefix_cache() -> Any:
     """A key-value cache that, once frozen, hands out prefix + new keys without keeping the new ones.
 
     Made without the model's config on purpose: sliding-window layers would drop positions, whose masking we do ourselves.
@@ -71,20 +71,19 @@ class BridgeBackend(Backend):
                 input_ids=tokens,
                 attention_mask=attention_mask,
                 position_ids=position_ids(attention_mask)[:, -tokens.shape[1] :],
-                past_key_values=cache if cache is not None else _prefix_cache(),
+                past_key_values=_prefix_cache() if cache is None else cache,
             )
 
     def read_prefix(self, tokens, attention_mask, *, block, keep, shared=None):
         cache = _prefix_cache()
         if shared is not None:
             for layer, entry in enumerate(shared.cache.layers):
-                rows = tokens.shape[0]
-                cache.update(entry.keys.expand(rows, -1, -1, -1), entry.values.expand(rows, -1, -1, -1), layer)
+                cache.update(*(x.expand(len(tokens), -1, -1, -1) for x in (entry.keys, entry.values)), layer)
         visible: list[Tensor] = []
         causal = _causal(attention_mask, block)
 
         def see_mask(module: Any, args: tuple, kwargs: dict) -> None:
-            mask = _find_mask(args, kwargs)
+            mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4), None)
             if mask is None:
                 visible.append(causal)
             else:
@@ -179,10 +178,6 @@ def _causal(attention_mask: Tensor, queries: int) -> Tensor:
     keys = attention_mask.shape[1]
     lower = torch.ones(keys, keys, dtype=torch.bool, device=attention_mask.device).tril()[keys - queries :]
     return lower & attention_mask.bool()[:, None, :]
-
-
-def _find_mask(args: tuple, kwargs: dict) -> Tensor | None:
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4), None)
 
 
 def _cut(value: Any, rows: int, n: int, mask: Tensor) -> Any:

@@ -78,9 +78,7 @@ def open_checkpoints(
     whole = {label: entry for label, entry in labelled.items() if label not in broken}
     adapters = {label: entry for label, entry in whole.items() if is_adapter(entry)}
     if adapters and not isinstance(base, (str, Path)):
-        raise ValueError(
-            "adapters can't be put on a model that is hooked already; pass the base model's name or folder instead"
-        )
+        raise ValueError("adapters can't be put on a model that is hooked already; pass the base's name or folder")
     switched = {label: entry for label, entry in adapters.items() if not stands_alone(entry)}
     if switched:
         start, opened = _with_adapters(base, switched, dtype)
@@ -113,10 +111,8 @@ def check_same_shape(base: Any, other: Any, label: str) -> None:
     if one.tokenizer is not two.tokenizer and one.tokenizer.get_vocab() != two.tokenizer.get_vocab():
         differing.append("the tokenizers' words")
     if differing:
-        raise ValueError(
-            f"{label} has another architecture or vocabulary than the base model ({', '.join(differing)}); "
-            "compare checkpoints of one model only"
-        )
+        said = f"{label} has another architecture or vocabulary than the base model ({', '.join(differing)})"
+        raise ValueError(f"{said}; compare checkpoints of one model only")
 
 
 @torch.no_grad()
@@ -191,8 +187,8 @@ def _with_adapters(
 
         return Checkpoint(label, _step(adapters[label]), use, lambda _: adapter_distance(peft_model, slot))
 
-    base_checkpoint = Checkpoint("base", 0, plain, lambda _: 0.0)
-    return base_checkpoint, {label: checkpoint(label, slot) for label, slot in slots.items()}
+    start = Checkpoint("base", 0, plain, lambda _: 0.0)
+    return start, {label: checkpoint(label, slot) for label, slot in slots.items()}
 
 
 def _merged(base: str | Path, path: str | Path, dtype: torch.dtype | None, backend: str) -> Any:

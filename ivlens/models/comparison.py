@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ivlens.common.hints import reason
+from ivlens.models.adapters import adapter_layers
 from ivlens.models.backends import backend_of
 
 __all__ = ["Reference", "evaluating", "without_training"]
@@ -77,43 +78,40 @@ class Reference:
         """Raise ValueError where the hooked model says something else, ignores an adapter, or has heads of other widths."""
         backend = backend_of(model)
         widths: dict[int, tuple[int, ...]] = {}
-        hooks = [
-            (backend.z_hook(layer), lambda x, hook, layer=layer: widths.__setitem__(layer, tuple(x.shape[2:])))
-            for layer in range(backend.n_layers)
-        ]
-        silent = _adapter_layers(model)
-        handles = [
-            module.register_forward_pre_hook(lambda m, *_: (silent.pop(m, None), None)[1]) for module in list(silent)
-        ]
+        silent = _adapters_in_use(model)
+
+        def see(x: Tensor, hook: Any, layer: int) -> None:
+            widths[layer] = tuple(x.shape[2:])
+
+        def heard(module: Any, args: Any) -> None:
+            silent.pop(module, None)
+
         tokens = self.tokens.to(backend.device)
-        try:
-            with evaluating(model), model.hooks(fwd_hooks=hooks):
-                logits = backend.forward(tokens, torch.ones_like(tokens), keep=tokens.shape[1])[0].float().cpu()
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = [(backend.z_hook(layer), partial(see, layer=layer)) for layer in range(backend.n_layers)]
+        with ExitStack() as stack:
+            for module in list(silent):
+                stack.callback(module.register_forward_pre_hook(heard).remove)
+            stack.enter_context(evaluating(model))
+            stack.enter_context(model.hooks(fwd_hooks=hooks))
+            logits = backend.forward(tokens, torch.ones_like(tokens), keep=tokens.shape[1])[0].float().cpu()
         for layer, seen in widths.items():
             if seen != (backend.n_heads, backend.head_width(layer)) and not _cut_by_keys(backend, layer, seen):
-                raise ValueError(
-                    f"layer {layer} of {label} has {' x '.join(map(str, seen))} heads' outputs, not {backend.n_heads} heads of "
-                    f"{backend.head_width(layer)}, and ivlens works on as many heads in each layer; use another model"
-                )
+                said = f"layer {layer} of {label} has {' x '.join(map(str, seen))} heads' outputs"
+                expected = f"{backend.n_heads} heads of {backend.head_width(layer)}, as in other layers"
+                raise ValueError(f"{said}, not {expected}; use another model")
         if silent:
-            raise ValueError(
-                f"{len(silent)} adapter layers of {label} don't act in the hooked model, such as {next(iter(silent.values()))}; merge "
-                "the adapter (merge_and_unload) and load the merged model"
-            )
+            such_as = next(iter(silent.values()))
+            said = f"{len(silent)} adapter layers of {label} don't act in the hooked model, such as {such_as}"
+            raise ValueError(f"{said}; merge the adapter (merge_and_unload) and load the merged model")
+        dtype = _dtype(model)
         if not self.logits.isfinite().all():
-            warnings.warn(
-                f"the logits of {label} aren't finite in {_dtype(model)}; load it with dtype=torch.float32",
-                stacklevel=3,
-            )
+            said = f"the logits of {label} aren't finite in {dtype}"
+            warnings.warn(f"{said}; load it with dtype=torch.float32", stacklevel=3)
             return
         difference = (logits.softmax(-1) - self.logits.softmax(-1)).abs().max().item()
-        if not difference <= (1e-3 if _dtype(model) == torch.float32 else 0.1):
-            raise ValueError(
-                f"hooked, {label} gives other probabilities than the Hugging Face model, by up to {difference:.1e}; it can't be measured"
-            )
+        if not difference <= (1e-3 if dtype == torch.float32 else 0.1):
+            said = f"hooked, {label} gives other probabilities than the Hugging Face model"
+            raise ValueError(f"{said}, by up to {difference:.1e}; it can't be measured")
 
 
 def _cut_by_keys(backend: Any, layer: int, seen: tuple[int, ...]) -> bool:
@@ -126,15 +124,7 @@ def _dtype(model: Any) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def _adapter_layers(model: Any) -> dict[Any, str]:
-    """Active adapter layers, by module. Each must run: fresh ones change nothing yet, but will.
-
-    But for experts', of which a few tokens don't reach all.
-    """
-    inner = getattr(model, "original_model", model)
-    return {
-        module: name
-        for name, module in inner.named_modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "base_layer") and not module.disable_adapters
-        if ".experts." not in name
-    }
+def _adapters_in_use(model: Any) -> dict[Any, str]:
+    """Layers with adapters switched on, each of which must run; but for experts', of which a few tokens don't reach all."""
+    layers = adapter_layers(getattr(model, "original_model", model))
+    return {x: name for name, x in layers.items() if not x.disable_adapters and ".experts." not in name}

@@ -3,7 +3,7 @@ positions of its own while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,10 +53,11 @@ class HookedBackend(Backend):
         cut = tokens.shape[1] - block
         visible: list[Tensor] = []
         start: list[Tensor] = []
-        hooks: list[tuple[str, Callable]] = [
-            (f"blocks.{layer}.attn.hook_attn_scores", lambda x, hook: visible.append(~x[:, 0, cut:].isneginf()))
-            for layer in range(self.n_layers)
-        ]
+
+        def see(x: Tensor, hook: Any) -> None:
+            visible.append(~x[:, 0, cut:].isneginf())
+
+        hooks = [(f"blocks.{layer}.attn.hook_attn_scores", see) for layer in range(self.n_layers)]
         hooks.append(("blocks.0.hook_resid_pre", lambda x, hook: start.append(x[:, cut:].clone())))
         with self.model.hooks(fwd_hooks=hooks):
             logits = self.forward(tokens, attention_mask, cache=cache, keep=keep)
@@ -64,15 +65,13 @@ class HookedBackend(Backend):
         for entry in cache.entries:
             entry.past_keys, entry.past_values = entry.past_keys[:, :n_prefix], entry.past_values[:, :n_prefix]
         cache.freeze()
-        extra = {"start": start[0]}
-        return Prefix(tokens[:, cut:], attention_mask, cache, n_prefix, logits, visible, extra)
+        return Prefix(tokens[:, cut:], attention_mask, cache, n_prefix, logits, visible, {"start": start[0]})
 
     def run_copies(self, prefix, masks, new_copies, hooks, keep):
         positions = self.model.cfg.positional_embedding_type
         if positions not in ("standard", "rotary"):
             raise ValueError(f"{positions} positions depend on where a copy stands")
-        block, n_copies = prefix.block, 1
-        x = prefix.extra["start"]
+        block, n_copies, x = prefix.block, 1, prefix.extra["start"]
         with ExitStack() as stack:
             stack.enter_context(self.model.hooks(fwd_hooks=hooks))
             for layer, module in enumerate(self.model.blocks):

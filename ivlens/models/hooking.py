@@ -22,9 +22,14 @@ __all__ = ["check_in_memory", "hook_model", "is_placed", "text_part", "to_bridge
 FAILURES = (ValueError, RuntimeError, KeyError, AttributeError, TypeError, IndexError, AssertionError)
 
 
+def unwrapped(hf_model: Any) -> Any:
+    """The model inside a PEFT wrapper; any other as it is."""
+    return hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+
+
 def is_placed(hf_model: Any) -> bool:
     """Quantised, spread over devices or offloaded: its weights must stay where and what they are."""
-    inner = hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model
+    inner = unwrapped(hf_model)
     offloaded = any(hasattr(module, "_hf_hook") for module in inner.modules())
     return bool(getattr(inner, "is_quantized", False) or getattr(inner, "hf_device_map", None) or offloaded)
 
@@ -40,7 +45,7 @@ def tokenizing_backend(hf_model: Any, tokenizer: Any, label: str) -> Backend:
 
     Which models want a BOS is known to transformer-lens's adapter of the architecture: boot one layer of it.
     """
-    inner = text_part(hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model)
+    inner = text_part(hf_model)
     config = copy.deepcopy(inner.config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
     config.architectures = config.architectures or [type(inner).__name__]
@@ -54,7 +59,8 @@ def tokenizing_backend(hf_model: Any, tokenizer: Any, label: str) -> Backend:
 
 
 def text_part(hf_model: Any) -> Any:
-    """The language model inside a wrapper for text and images, made of the same modules; any other model as it is."""
+    """The language model inside wrappers (PEFT's, for text and images), made of the same modules; any other as it is."""
+    hf_model = unwrapped(hf_model)
     config = hf_model.config.get_text_config()
     language = getattr(getattr(hf_model, "model", None), "language_model", None)
     if config is hf_model.config or language is None or not hasattr(hf_model, "lm_head"):
@@ -83,22 +89,22 @@ def with_path(tokenizer: Any, folder: str, own: bool) -> Any:
 
 
 def hook_model(hf_model: Any, tokenizer: Any, label: str, backend: str, placed: bool, reference: Reference) -> Any:
-    hooked = _hooked_class()
-    if backend == "hooked" and hooked is None:
-        raise ValueError(
-            "backend='hooked' needs HookedTransformer, which transformer-lens removed in 4.0; "
-            "use backend='bridge' or install transformer-lens==3.9.0"
-        )
-    if hooked is not None and backend != "bridge" and not placed:
+    try:
+        from transformer_lens import HookedTransformer as Hooked
+    except ImportError as error:
+        Hooked = None
+        if backend == "hooked":
+            said = "transformer-lens's HookedTransformer was removed in 4.0"
+            raise ValueError(f"{said}; use backend='bridge' or install transformer-lens==3.9.0") from error
+    if Hooked is not None and backend != "bridge" and not placed:
         try:
-            model = _to_hooked(hooked, hf_model, tokenizer, label)
+            model = _to_hooked(Hooked, hf_model, tokenizer, label)
             reference.check(model, label)
             return model
         except FAILURES as error:
             if backend == "hooked":
-                raise ValueError(
-                    f"HookedTransformer can't convert {label} ({reason(error)}); use backend='bridge'"
-                ) from error
+                said = f"HookedTransformer can't convert {label} ({reason(error)})"
+                raise ValueError(f"{said}; use backend='bridge'") from error
     try:
         model = to_bridge(hf_model, tokenizer, label)
     except torch.OutOfMemoryError:
@@ -110,19 +116,11 @@ def hook_model(hf_model: Any, tokenizer: Any, label: str, backend: str, placed: 
     return model
 
 
-def _hooked_class() -> Any:
-    try:
-        from transformer_lens import HookedTransformer
-    except ImportError:
-        return None
-    return HookedTransformer
-
-
 def to_bridge(hf_model: Any, tokenizer: Any, label: str) -> Any:
     """Boot the model inside any PEFT wrapper: it is the same object, so adapters stay live and can be switched."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    inner = text_part(hf_model.get_base_model() if hasattr(hf_model, "get_base_model") else hf_model)
+    inner = text_part(hf_model)
     inner.config.architectures = inner.config.architectures or [type(inner).__name__]  # made from a config: none
     device = None if is_placed(inner) else inner.device
     with _nothing_installed():
@@ -167,9 +165,8 @@ def _to_hooked(cls: type, hf_model: Any, tokenizer: Any, label: str) -> Any:
         state = loading.get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
     cfg.model_name, cfg.tokenizer_name = label, None
     model = cls(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    raw = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
+    model.load_and_process_state_dict(state, **raw)
     model.move_model_modules_to_device()
     model.generation_config = hf_model.generation_config  # which tokens end an answer
     model.eval()

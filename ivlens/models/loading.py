@@ -62,9 +62,7 @@ def load_model(
     if is_hooked(name):
         asked = {"adapter": adapter, "tokenizer": tokenizer, "device": device, "dtype": dtype, "device_map": device_map}
         if given := [f"{key}={value!r}" for key, value in asked.items() if value is not None]:
-            raise ValueError(
-                f"{', '.join(given)} can't be given for a model that is hooked already; load it anew with that"
-            )
+            raise ValueError(f"{', '.join(given)} can't be given for a model that is hooked already; load it anew")
         backend_of(name).check_hooks()
         return name
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,11 +85,8 @@ def load_model(
     reference = Reference.of(hf_model, tokenizer, label)
     if fused := fused_adapters(hf_model):
         done = "left out, being switched off" if switched_off(hf_model) else "merged"
-        warnings.warn(
-            f"the adapter of {label} is {done}: it is on {', '.join(fused)}, which a hooked model cuts up. The model you passed keeps "
-            "it apart, but switching it there doesn't switch it here",
-            stacklevel=2,
-        )
+        said = f"the adapter of {label} is {done}: it is on {', '.join(fused)}, which a hooked model cuts up"
+        warnings.warn(f"{said}; switching it in the model you passed doesn't switch it here", stacklevel=2)
         hf_model = merged(hf_model)
     with tempfile.TemporaryDirectory(prefix="ivlens-tokenizer-") as folder:
         model = hook_model(hf_model, with_path(tokenizer, folder, own), label, backend, placed, reference)
@@ -106,9 +101,8 @@ def _check_placed(hf_model: Any, device: str | torch.device | None, dtype: torch
     asked = [f"device={device}"] if elsewhere else []
     asked += [f"dtype={dtype}"] if dtype is not None and hf_model.dtype != dtype else []
     if asked:
-        raise ValueError(
-            f"{' and '.join(asked)} can't be given for a model that is quantised or placed already; load it as you want it"
-        )
+        said = f"{' and '.join(asked)} can't be given for a model that is quantised or placed already"
+        raise ValueError(f"{said}; load it as you want it")
 
 
 def is_hooked(model: Any) -> bool:
@@ -129,9 +123,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def load_hf(name: Any, tokenizer: Any = None, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any, str]:
     """A Hugging Face model from a name or an object, its tokenizer, and what to call it."""
     if is_hooked(name):
-        raise ValueError(
-            "this model is hooked already, which changed its modules; pass the Hugging Face model, its name or folder"
-        )
+        raise ValueError("this model is hooked already; pass the Hugging Face model, its name or folder")
     if isinstance(name, (str, Path)):
         return _from_name(str(name), tokenizer, dtype, options)
     label = getattr(getattr(name, "config", None), "_name_or_path", "") or type(name).__name__
@@ -142,6 +134,7 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
     from transformers import AutoTokenizer
 
     label, where = name, name
+    options = {key: value for key, value in options.items() if value is not None}
     if name in BUILT_IN:
         where = str(smollm2_folder())
     elif name.endswith(".gguf"):
@@ -151,14 +144,11 @@ def _from_name(name: str, tokenizer: Any, dtype: torch.dtype | None, options: di
         label, where, options = path.stem, str(path.parent), {**options, "gguf_file": path.name}
     elif Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "adapter_config.json")):
         raise OSError(_not_found(name))
-    dtype = dtype or "auto"
     try:
-        model = _pretrained(where, dtype=dtype, **{k: v for k, v in options.items() if v is not None})
+        model = _pretrained(where, dtype=dtype or "auto", **options)
         if tokenizer is None:
-            keep = ("revision", "trust_remote_code", "gguf_file")
-            tokenizer = AutoTokenizer.from_pretrained(
-                where, **{k: v for k, v in options.items() if k in keep and v is not None}
-            )
+            options.pop("device_map", None)
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except OSError as error:
         raise OSError(_not_found(name)) from error
     if "gguf_file" in options:
@@ -180,13 +170,12 @@ def _pretrained(where: str, **options: Any) -> Any:
 
 
 def _not_found(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = "did you mean 'smollm2'? " if difflib.get_close_matches(name.lower(), BUILT_IN, cutoff=0.5) else ""
     if Path(name).exists():
         return f"the folder {name} holds no complete model (config.json, weights and tokenizer files); save it with save_pretrained"
     return (
         f"can't load model {name!r}: it isn't built in, not a local folder or .gguf file, not in the Hugging Face cache, and "
-        f"it couldn't be downloaded from the hub (no network, no such id, or no access). {hint}"
+        f"it couldn't be downloaded from the hub (no network, no such id, or no access). {near}"
         "Offline, use 'smollm2' or a local folder; online, check the id and log in with `hf auth login`"
     )
 

