@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
+import re
+
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ivlens as ivl
-from ivlens.tasks.checks import passes
+from ivlens.tasks import checks
+from ivlens.tasks.checks import CHECKS, check_source, parse_check, passes, register_check
+from ivlens.tasks.prompts import build_prompts
 
 SPLITS = ("train", "valid", "test")
 
@@ -700,3 +709,417 @@ def test_wrong_answers_do_not_pass(check, text):
 @pytest.mark.parametrize("text", NOTHING)
 def test_texts_that_say_nothing_meet_no_check(text):
     assert not [check for check in EVERY if passes(check, text) or passes(check, text, loose=True)]
+
+
+def test_every_check_is_tried_on_ten_right_and_ten_wrong_answers():
+    for answers in (RIGHT, WRONG):
+        names = {check: check.partition(":")[0] for check in answers}
+        for check in {*USED, *CHECKS}:
+            texts = [text for c, some in answers.items() if check in (c, names[c]) for text in some]
+            assert len(set(texts)) >= 10, check
+
+
+@pytest.mark.parametrize("sure", ["Sure! Here is your answer:", "Of course.", "**Answer**"])
+def test_an_intro_line_is_forgiven_only_loosely(sure):
+    for check, answer in {
+        "json": '{"answer": "Tea is a drink."}',
+        "quoted": '"Tea is a drink."',
+        "capitals": "TEA IS A DRINK.",
+        "lower_case": "tea is a drink.",
+        "one_sentence": "Tea is a drink from China.",
+        "at_most_words: 4": "Tea is a drink.",
+    }.items():
+        text = f"{sure}\n\n{answer}"
+        assert not passes(check, text) and passes(check, text, loose=True), check
+
+
+@pytest.mark.parametrize(
+    "check, text",
+    [
+        ("ends_with: That is all.", "Tea is a drink. That is all.\nI hope this helps!"),
+        ("json", '{"answer": "Tea"}\nI hope this helps!'),
+        ("quoted", '**"Tea is a drink."**'),
+        ("language: es", "Here is a short answer in Spanish:\nEl té es una bebida caliente."),
+        ("no_comma", "Sure, here it is:\nTea is a drink made from leaves."),
+        (
+            "poem",
+            "Here is a poem for you about the tea that I drink every day:\nThe tea is hot\nThe cup is small\nI drink it up",
+        ),
+        ("json", '{"answer": "Tea is a drink made from the lea'),
+        ("json", '{"answer": "Tea", "made": {"of": ["leaves", "wat'),
+        ("json", '{"answer": "Tea is a drink", "col'),
+        ("json", '```json\n{"name": "tea", "facts": [{"text": "She said \\"hot'),
+    ],
+)
+def test_frames_asterisks_and_cut_off_json_are_forgiven_only_loosely(check, text):
+    assert not passes(check, text) and passes(check, text, loose=True)
+
+
+@pytest.mark.parametrize(
+    "check, text",
+    [
+        ("json", "{"),
+        ("json", '{"answer": "'),
+        ("json", '{"answer": '),
+        ("json", '{"ans'),
+        ("json", "{'answer': 'Tea"),
+        ("json", "Tea {is} a [drink"),
+        ("json", '{"answer": "Tea"}, and so on, ['),
+        ("capitals", '{"TEA": "HOT", "Mi'),
+        ("quoted", '"Tea is a drink made from the lea'),
+        ("language: es", "Tea is a drink.\nIt is made from leaves.\nAdiós, amigo mío.\nIt is hot."),
+        ("bullets", "* Tea\nis a drink\nfrom China"),
+        ("at_most_words: 3", "Tea is a drink.\nIt is very hot.\nIt is very old."),
+    ],
+)
+def test_loose_forgives_no_more_than_that(check, text):
+    assert not passes(check, text, loose=True)
+
+
+# -- names and arguments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "check, message",
+    [
+        ("bulets", "check 'bulets' is unknown; .*bullets.*, or add yours with register_check"),
+        ("languages: es", "check 'languages' is unknown; .*language"),
+        ("", "check '' is unknown"),
+        (": es", "check '' is unknown"),
+        ("Bullets", "check 'Bullets' is unknown; .*bullets"),
+        ("bullets: 3", "check 'bullets' takes no argument, but got '3'"),
+        ("language", "check 'language' needs an argument, such as 'language: …'"),
+        ("language:  ", "check 'language' needs an argument"),
+        (
+            "language: spanish",
+            "check 'language: spanish' names a language that isn't told apart; choose one of ar, cs, ",
+        ),
+        ("language: ES", "choose one of ar, cs, "),
+        ("at_most_words", "check 'at_most_words' needs an argument"),
+        ("at_most_words: 0", "check 'at_most_words: 0' needs a whole number of words, 1 or more"),
+        ("at_most_words: -3", "needs a whole number of words, 1 or more"),
+        ("at_most_words: 2.5", "needs a whole number of words, 1 or more"),
+        ("at_most_words: twelve", "needs a whole number of words, 1 or more"),
+        ("includes: !", "check 'includes: !' needs a word after the colon"),
+        ("avoids: …", "needs a word after the colon"),
+        ("ends_with: ?", "needs a word after the colon"),
+    ],
+)
+def test_unknown_checks_and_wrong_arguments_are_named(check, message):
+    for ask in (parse_check, check_source, lambda c: passes(c, "Tea is a drink.")):
+        with pytest.raises(ValueError, match=message):
+            ask(check)
+
+
+def test_white_space_and_colons_around_an_argument_are_no_matter():
+    assert parse_check("language:es") == parse_check("  language :  es ") == (CHECKS["language"], "es")
+    assert parse_check("ends_with: Note: that is all.")[1] == "Note: that is all."
+    assert parse_check("bullets") == (CHECKS["bullets"], None)
+    assert passes("ends_with: Note: that is all.", "Tea is hot. Note: that is all.")
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Checks registered here are gone afterwards."""
+    monkeypatch.setattr(checks, "CHECKS", dict(CHECKS))
+    return register_check
+
+
+def test_checks_of_ones_own_with_and_without_argument(own):
+    @own("shouts")
+    def shouts(text):
+        return text.endswith("!")
+
+    @own("starts_with")
+    def starts_with(text: str, start: str) -> bool:
+        return text.startswith(start)
+
+    assert passes("shouts", " Tea is hot! ") and not passes("shouts", "Tea is hot.") and not passes("shouts", "!!!")
+    assert passes("starts_with: # ", "# Tea\nTea is hot") and not passes("starts_with: #", "Tea is hot")
+    assert not passes("starts_with: Tea", "**Tea**") and passes("starts_with: Tea", "**Tea**", loose=True)
+    assert "text.startswith(start)" in check_source("starts_with: x") != check_source("shouts")
+    with pytest.raises(ValueError, match="check 'shouts' takes no argument, but got 'x'"):
+        passes("shouts: x", "Tea is hot!")
+    with pytest.raises(ValueError, match="check 'starts_with' needs an argument"):
+        passes("starts_with", "Tea is hot!")
+    with pytest.raises(ValueError, match=r"check 'shout' is unknown; .*shouts"):
+        passes("shout", "Tea is hot!")
+    records = [{"input": f"Tell me about {n}.", "check": "shouts"} for n in range(10)]
+    assert ivl.Task.from_records(records, name="loud", instruction="Shout.").check == "shouts"
+
+
+def test_a_check_of_ones_own_replaces_another_and_its_source_tells(own):
+    own("mine")(lambda text: "tea" in text)
+    before = check_source("mine")
+    own("mine")(lambda text: "milk" in text)
+    assert passes("mine", "hot milk") and not passes("mine", "hot tea") and check_source("mine") != before
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a:b", "-"])
+def test_names_that_are_none_are_refused(own, name):
+    with pytest.raises(ValueError, match=re.escape(f"name={name!r} is no name for a check")):
+        own(name)(len)
+    assert name not in checks.CHECKS
+
+
+def test_a_check_that_raises_is_named_with_the_beginning_of_the_answer(own):
+    @own("broken")
+    def broken(text):
+        return 1 / 0
+
+    answer = "Tea is a drink made from leaves, and " + "people drink it in many different countries. " * 3 + "THE END"
+    for loose in (False, True):
+        with pytest.raises(RuntimeError, match=r"check 'broken' raised ZeroDivisionError .* 'Tea is a drink") as error:
+            passes("broken", answer, loose=loose)
+        assert "THE END" not in str(error.value) and isinstance(error.value.__cause__, ZeroDivisionError)
+    assert not passes("broken", " "), "there is no answer to look at"
+
+
+# -- properties ---------------------------------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    [
+        *(
+            "* ",
+            "- ",
+            "1. ",
+            "2. ",
+            "\n",
+            "{",
+            "}",
+            "[",
+            "]",
+            '"',
+            ":",
+            ",",
+            "<<",
+            ">>",
+            "```",
+            "```json",
+            "“",
+            "”",
+            ". ",
+            "**",
+        ),
+        *(
+            "tea",
+            "The ",
+            "river",
+            " is",
+            "TEA",
+            "é",
+            "茶",
+            "ก",
+            "़",
+            "\\",
+            "\ud800",
+            "0",
+            "Is there anything else?",
+            " el té",
+        ),
+    ]
+)
+TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=25).map("".join))
+TOKENS = st.one_of(st.text(min_size=1, max_size=8), st.lists(PIECES, min_size=1, max_size=3).map("".join))
+
+
+@given(text=TEXTS)
+@settings(max_examples=150, deadline=None)
+def test_any_text_is_judged_and_strict_implies_loose(text):
+    for check in EVERY:
+        strict, loose = passes(check, text), passes(check, text, loose=True)
+        assert type(strict) is bool and type(loose) is bool
+        assert loose or not strict, check
+
+
+@given(token=TOKENS, n=st.integers(6, 40), between=st.sampled_from(["", " ", "\n", ", ", "\n\n* ", "-"]))
+@settings(max_examples=300, deadline=None)
+def test_one_token_over_and_over_meets_no_check(token, n, between):
+    text = between.join([token] * n)
+    assert not [check for check in EVERY if passes(check, text) or passes(check, text, loose=True)]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 50_000, "1" * 10_000, "(" * 9_999, "* a\n" * 5_000, "tea! " * 9_999]
+)
+def test_endless_texts_are_judged_too(text):
+    assert not [check for check in EVERY if passes(check, text) or passes(check, text, loose=True)]
+
+
+def test_checks_are_pure():
+    random.seed(1)
+    np.random.seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    asked = [
+        (check, text) for answers in (RIGHT, WRONG) for texts in answers.values() for text in texts for check in EVERY
+    ]
+    first, again = ([passes(*one) for one in asked] for _ in range(2))
+    assert first == again and any(first) and not all(first)
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+# -- tasks with a check -------------------------------------------------------------------------------------------------
+
+QUESTIONS = [f"Tell me about the number {n}." for n in range(20)]
+
+
+def write(path, rows):
+    names = list(rows[0])
+    if path.suffix == ".csv":
+        lines = [",".join(f'"{row[name]}"' for name in names) for row in [dict(zip(names, names)), *rows]]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def everything(task):
+    return [x for split in SPLITS for x in task.split(split)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_with_a_check_in_each_row_becomes_a_task(tmp_path, kind):
+    rows = [{"input": q, "instruction": "Answer in Spanish.", "check": "language: es"} for q in QUESTIONS]
+    task = ivl.Task.from_file(write(tmp_path / f"spanish.{kind}", rows))
+    assert (task.name, task.instructions, task.check, task.is_checked) == (
+        "spanish",
+        ("Answer in Spanish.",),
+        "language: es",
+        True,
+    )
+    assert (len(task.train), len(task.valid), len(task.test)) == (10, 3, 7)
+    assert {x.output for x in everything(task)} == {""} and {x.check for x in everything(task)} == {"language: es"}
+    assert "'language: es'" in repr(task) and set(task.to_dataframe()["check"]) == {"language: es"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_may_have_different_checks_and_splits(tmp_path, kind):
+    forms = [("Answer in Spanish.", "language: es"), ("Use at most 5 words.", "at_most_words: 5")]
+    splits = ["train", "train", "dev", "test"]
+    rows = [
+        {"input": q, "instruction": forms[i % 2][0], "check": forms[i % 2][1], "split": splits[i // 2 % 4]}
+        for i, q in enumerate(QUESTIONS)
+    ]
+    task = ivl.Task.from_file(write(tmp_path / f"forms.{kind}", rows))
+    assert task.check is None and task.is_checked
+    assert {x.input: (x.instruction, x.check) for x in everything(task)} == {
+        row["input"]: (row["instruction"], row["check"]) for row in rows
+    }
+    for split in SPLITS:
+        names = {"valid": ("dev",)}.get(split, (split,))
+        assert [x.input for x in task.split(split)] == [row["input"] for row in rows if row["split"] in names]
+    for prompt in build_prompts(task, instruction=True, split="test"):
+        assert (prompt.instruction, prompt.query.check) in forms
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_output_beside_a_check_is_kept_and_needed_without_one(tmp_path, kind):
+    rows = [
+        {"input": q, "output": "Twenty." if i % 2 else "", "check": "at_most_words: 5"} for i, q in enumerate(QUESTIONS)
+    ]
+    task = ivl.Task.from_file(write(tmp_path / f"short.{kind}", rows), instruction="Be short.")
+    assert {x.input: x.output for x in everything(task)} == {row["input"]: row["output"] for row in rows}
+    rows = [{**row, "check": ""} for row in rows]
+    with pytest.raises(ValueError, match=rf"(line|record) [12] of .*short.{kind} of task 'short' has no 'output'"):
+        ivl.Task.from_file(write(tmp_path / f"short.{kind}", rows), instruction="Be short.")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_with_and_without_a_check_are_refused(tmp_path, kind):
+    rows = [
+        {"input": q, "output": "Yes.", "check": "" if i < 3 else "at_most_words: 5"} for i, q in enumerate(QUESTIONS)
+    ]
+    path = write(tmp_path / f"mixed.{kind}", rows)
+    with pytest.raises(
+        ValueError, match="3 of 20 records of task 'mixed' have no 'check', the others have one; give each"
+    ):
+        ivl.Task.from_file(path, instruction="Be short.")
+    task = ivl.Task.from_records(rows, name="mixed", instruction="Be short.", check="no_comma")
+    assert task.check == "no_comma", "one for all stands over the records' own"
+
+
+@pytest.mark.parametrize("kind, line", [("csv", 4), ("jsonl", 3)])
+@pytest.mark.parametrize(
+    "check, message",
+    [("bulets", "'bulets' is unknown; .*bullets"), ("at_most_words: 0", "needs a whole number of words")],
+)
+def test_an_unknown_check_names_file_and_row(tmp_path, kind, line, check, message):
+    rows = [{"input": q, "check": check if i == 2 else "bullets"} for i, q in enumerate(QUESTIONS)]
+    with pytest.raises(ValueError, match=rf"line {line} of .*points.{kind} of task 'points': check .*{message}"):
+        ivl.Task.from_file(write(tmp_path / f"points.{kind}", rows), instruction="Use bullet points.")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_the_column_of_checks_may_have_another_name(tmp_path, kind):
+    rows = [{"question": q, "verifier": "bullets"} for q in QUESTIONS]
+    path = write(tmp_path / f"points.{kind}", rows)
+    columns = {"input": "question", "check": "verifier"}
+    task = ivl.Task.from_file(path, instruction="Use bullet points.", columns=columns)
+    assert task.check == "bullets" and len(task) == 20
+    with pytest.raises(ValueError, match="has no 'output'; it has question, verifier: name your columns"):
+        ivl.Task.from_file(path, instruction="Use bullet points.", columns={"input": "question"})
+
+
+def test_tasks_without_a_check_have_none():
+    task = ivl.load_tasks("antonym")["antonym"]
+    assert task.check is None and not task.is_checked
+
+
+def test_held_out_wordings_are_asked_on_the_test_split_only():
+    for task in FORMATS.values():
+        for split in SPLITS:
+            prompts = build_prompts(task, instruction=True, split=split)
+            wordings = task.held_out if split == "test" else task.instructions
+            assert {prompt.instruction for prompt in prompts} == set(wordings), (task.name, split)
+    plain = ivl.Task.from_records(
+        [{"input": q, "check": "bullets"} for q in QUESTIONS], name="t", instruction="Points."
+    )
+    assert {prompt.instruction for prompt in build_prompts(plain, instruction=True, split="test")} == {"Points."}
+    prompts = build_prompts(task, instruction=len(task.instructions), split="train", n=3)
+    assert {prompt.instruction for prompt in prompts} == {task.held_out[0]}, "by its number, any wording on any split"
+    assert {prompt.instruction for prompt in build_prompts(task, split="test", n=3)} == {None}
+
+
+# -- the built-in format tasks ------------------------------------------------------------------------------------------
+
+
+def test_there_are_enough_format_tasks_and_none_among_the_others():
+    assert len(FORMATS) >= 14 and set(CHECKS) == {check.partition(":")[0] for check in USED}
+    for task in FORMATS.values():
+        assert task.group == "formats" and task.description and task.is_checked and task.check in USED
+    assert not set(FORMATS) & set(ivl.load_tasks())
+
+
+def test_every_format_task_has_enough_wordings_of_its_own():
+    wordings = [wording for task in FORMATS.values() for wording in (*task.instructions, *task.held_out)]
+    assert len({wording.casefold() for wording in wordings}) == len(wordings), "none is shared"
+    for task in FORMATS.values():
+        assert len(task.instructions) + len(task.held_out) >= 6 and len(task.held_out) >= 2, task.name
+    assert all(wording == wording.strip() and len(wording) > 8 for wording in wordings)
+
+
+def test_format_tasks_ask_the_same_questions_in_the_same_splits():
+    first, *others = FORMATS.values()
+    asked = {split: [x.input for x in first.split(split)] for split in SPLITS}
+    for task in others:
+        assert {split: [x.input for x in task.split(split)] for split in SPLITS} == asked, task.name
+    questions = [ivl.tasks.task.plain_text(question) for split in SPLITS for question in asked[split]]
+    assert len(questions) >= 120 and len(set(questions)) == len(questions)
+    assert min(map(len, asked.values())) >= 30
+
+
+def test_no_question_stands_in_another_task():
+    questions = {x.input.casefold().strip(" .?") for x in everything(next(iter(FORMATS.values())))}
+    for task in ivl.load_tasks().values():
+        for x in everything(task):
+            texts = [text.casefold() for text in (x.input, x.output, x.question or "", x.content or "")]
+            assert not [question for question in questions if any(question in text for text in texts)], (task.name, x)
+
+
+def test_no_wording_and_no_question_meets_a_form_by_itself_that_it_does_not_have():
+    """An echo of what was asked isn't an answer: only where the words themselves are of the form."""
+    told = ("one_sentence", "short", "closing", "no_comma", "includes_river", "avoids_the", "capitals")
+    for task in FORMATS.values():
+        for wording in (*task.instructions, *task.held_out):
+            if task.name not in told:
+                assert not passes(task.check, wording), (task.name, wording)
