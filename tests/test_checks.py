@@ -339,6 +339,8 @@ NOTHING = [
     "AAAAAAAAAAAAAAAAAAAAAAAA",
     "hahahahahahahahahahahaha",
     "abcabcabcabcabcabcabc",
+    "oooohnooooohnooooohnooooohnooooohnooooohno",
+    "ßßaßßaßßaßßaßßaßßa",
     "I am I am I am I am I am",
     "el té el té el té el té el té el té",
     "el-el-el-el-el-el-el-el",

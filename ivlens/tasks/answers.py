@@ -34,16 +34,19 @@ def stands_in(asked: str, text: str) -> bool:
 
 def is_degenerate(text: str) -> bool:
     """Whether a text says nothing: no letters (but for one to three numbers on a line), or one word, phrase or letter over and over."""
-    apart = rf"((?:[^\W_]|[{MARKS}]){{1,40}}?)\1{{3,}}"  # hahahaha: ha ha ha ha
-    text = re.sub(r"```\w*", "", text.strip()).casefold()
-    said = words_of(re.sub(apart, lambda run: f" {run[1]}" * (len(run[0]) // len(run[1])) + " ", text))
+    said = words_of(re.sub(r"```\w*", "", text))
     words = [word for word in said if re.search(r"[^\W\d_]", word)]
-    if not words:
-        return "\n" in text or not 1 <= len(said) <= 3
-    commonest = Counter(words).most_common(1)[0][1]
+    if not words and ("\n" in text.strip() or not 1 <= len(said) <= 3):
+        return True
+    letters = "".join(words or said)
+    looped = sum(len(run[0]) for run in re.finditer(r"(.{1,60})\1{3,}", letters))  # hahahaha
+    commonest = Counter(words or said).most_common(1)[0][1]
     threes = list(zip(words, words[1:], words[2:]))
-    drones = commonest > 2 and commonest > 0.6 * len(words)
-    return drones or (len(threes) > 3 and len(set(threes)) <= 0.5 * len(threes))
+    return (
+        looped > 0.6 * len(letters)
+        or (commonest > 2 and commonest > 0.6 * len(words))
+        or (len(threes) > 3 and len(set(threes)) <= 0.5 * len(threes))
+    )
 
 
 def loose_variants(text: str) -> list[str]:
