@@ -14,10 +14,7 @@ import torch
 
 __all__ = ["differences", "files_key", "key", "recorded", "weights_fingerprint"]
 
-WHOLE, SAMPLES = (
-    1 << 16,
-    4096,
-)  # weights up to that size are read whole; of larger ones so many, beside the sums of rows
+WHOLE, SAMPLES = 1 << 16, 4096  # weights up to that size are read whole; of larger ones so many, and the sums of rows
 
 
 def key(*parts: Any, **named: Any) -> str:
@@ -72,10 +69,8 @@ def _plain(value: Any) -> Any:
             return {"type": "name", "is": name}
     elif hasattr(value, "dtype") and hasattr(value, "tobytes"):  # numpy's arrays and scalars
         return {"type": str(value.dtype), "shape": list(value.shape), "is": _hash(value.tobytes())}
-    raise TypeError(
-        f"{type(value).__name__} {str(value)[:60]!r} has no key by which results kept for it would be found again; pass plain "
-        "values, tensors, dataclasses or functions with a name, or leave `folder` out"
-    )
+    said = f"{type(value).__name__} {str(value)[:60]!r} has no key by which results kept for it would be found again"
+    raise TypeError(f"{said}; pass plain values, tensors, dataclasses or named functions, or leave `folder` out")
 
 
 def _name(of: Any) -> str:
@@ -92,14 +87,10 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 def _model(model: torch.nn.Module) -> list[Any]:
     """Configuration, adapters and weights. An adapter counts as it is switched now."""
     parts: list[Any] = []
+    switches = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
     for name, module in model.named_modules():
-        state = {
-            what: getattr(module, what)
-            for what in ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
-            if hasattr(module, "disable_adapters") and hasattr(module, what)
-        }
-        if state:
-            parts.append([name, _plain(state)])
+        if hasattr(module, "disable_adapters"):
+            parts.append([name, _plain({x: getattr(module, x) for x in switches if hasattr(module, x)})])
     configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
     config = configs[0] if configs else getattr(model, "cfg", None)
     if hasattr(config, "to_dict"):
@@ -128,9 +119,7 @@ def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             module, _, leaf = name.rpartition(".")
             offloaded = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
             if offloaded is None:
-                raise ValueError(
-                    f"{name} isn't in memory, so that results kept for this model can't be told apart; leave folder out"
-                )
+                raise ValueError(f"{name} isn't in memory, so results kept for it aren't told apart; leave folder out")
             weight = offloaded[leaf]
         yield name, weight
 

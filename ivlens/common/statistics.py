@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+import pandas as pd
 
 __all__ = [
     "benjamini_hochberg",
@@ -46,8 +46,6 @@ def resampled_means(
     groups: Groups, queries: Queries | None = None, *, n_bootstrap: int = 2000, seed: int = 0
 ) -> np.ndarray:
     """Mean of the groups' means under resampled queries, [draw, ...]. NaN where a group asks one query only: nothing varies."""
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     total: Any = 0.0
     for sums, sizes in _by_query(groups, queries):
@@ -63,8 +61,6 @@ def bootstrap_mean(
     groups: Groups, queries: Queries | None = None, *, level: float = 0.95, n_bootstrap: int = 2000, seed: int = 0
 ) -> tuple[Any, Any]:
     """Percentile bootstrap interval of the mean of the groups' means, resampling queries within each group."""
-    import numpy as np
-
     draws = resampled_means(groups, queries, n_bootstrap=n_bootstrap, seed=seed)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return (float(low), float(high)) if draws.ndim == 1 else (low, high)
@@ -72,8 +68,6 @@ def bootstrap_mean(
 
 def standard_error(groups: Groups, queries: Queries | None = None) -> np.ndarray:
     """Of the mean of the groups' means, groups taken as fixed; NaN, with a warning, where a group asks one query only."""
-    import numpy as np
-
     variance: Any = 0.0
     for sums, sizes in _by_query(groups, queries):
         n, size = len(sums), sizes.sum()
@@ -89,8 +83,6 @@ def sign_flip(groups: Groups, queries: Queries | None = None, *, n_flips: int = 
 
     All flips where there are no more than `n_flips` of them: exact. Else as many at random, and 1 / (n_flips + 1) is the least.
     """
-    import numpy as np
-
     parts = [sums / sizes.sum() / len(groups) for sums, sizes in _by_query(groups, queries)]
     weighted = np.concatenate(parts).reshape(sum(map(len, parts)), -1)
     n, rng = len(weighted), np.random.default_rng(seed)
@@ -110,8 +102,6 @@ def sign_flip(groups: Groups, queries: Queries | None = None, *, n_flips: int = 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     """p-values corrected for their number: calling all below α found, a share α of these at most is expected to be false
     (Benjamini and Hochberg 1995; of tests that are independent or positively dependent)."""
-    import numpy as np
-
     flat = np.ravel(p)
     order = np.argsort(flat)[::-1]
     corrected = np.empty_like(flat)
@@ -121,8 +111,6 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 
 def _by_query(groups: Groups, queries: Queries | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each group's sums per query, [query, ...], and how often each was asked."""
-    import numpy as np
-
     for i, values in enumerate(groups):
         values = np.asarray(values, float)
         asked = list(range(len(values)) if queries is None else queries[i])
@@ -152,9 +140,6 @@ def correlation(
     >>> round(found["r2"], 6), round(found["spearman"], 6), found["n"]
     (1.0, 1.0, 5)
     """
-    import numpy as np
-    import pandas as pd
-
     names = range(len(x)) if groups is None or len(set(groups)) < 5 else groups
     table = pd.DataFrame({"x": list(x), "y": list(y), "group": list(names)}).dropna()
     points = table[["x", "y"]].to_numpy(float)
@@ -184,8 +169,6 @@ def bootstrap_share(
     A group has a row per prompt: before, after, and restored. Gain: mean restored − mean after; loss: mean before − mean after.
     No interval (NaN) where the loss itself isn't certain: where more than 2.5 % of the resamples lost nothing.
     """
-    import numpy as np
-
     before, after, restored = sum(np.asarray(rows).mean(axis=0) for rows in groups)
     share = float((restored - after) / (before - after)) if before != after else float("nan")
     draws = resampled_means(groups, queries, n_bootstrap=n_bootstrap, seed=seed)

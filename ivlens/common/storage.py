@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     """Write tensors and a JSON-able description to one file, replacing it in one step."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(
-        {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, {"about": json.dumps(about or {})}
-    )
-    os.replace(partial, path)
-    return path
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    return _replace(path, lambda partial: save_file(tensors, partial, {"about": json.dumps(about or {})}))
 
 
 def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -65,9 +59,8 @@ def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); save or download it again"
-        ) from error
+        said = f"{path} is truncated or not a safetensors file ({error})"
+        raise ValueError(f"{said}; save or download it again") from error
     if kind is not None and about.get("kind") != kind:
         raise ValueError(f"{path} holds {about.get('kind') or 'something ivlens did not save'}, not {kind}")
     for key, tensor in tensors.items():
@@ -83,10 +76,15 @@ def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file, replacing it in one step."""
+    return _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Write beside the path, and put that in its place in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
+    write(partial)
     os.replace(partial, path)
     return path
 

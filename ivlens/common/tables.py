@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
 __all__ = ["table_html"]
 
 
 def table_html(frame: pd.DataFrame, *, title: str = "", index: bool = True) -> str:
     """Everything escaped, texts whole, and a $ in them no formula (the classes are those that MathJax 2 and 3 leave alone)."""
-    import pandas as pd
-
     with pd.option_context("display.max_colwidth", None):  # else pandas cuts at 50 characters
         table = frame.to_html(index=index)
     head = f"<p>{html.escape(title)}</p>" if title else ""

@@ -99,7 +99,7 @@ def _check_placed(hf_model: Any, device: str | torch.device | None, dtype: torch
     """Raise ValueError where a model that must stay as it is would have to be moved or converted."""
     elsewhere = device is not None and {p.device.type for p in hf_model.parameters()} != {torch.device(device).type}
     asked = [f"device={device}"] if elsewhere else []
-    asked += [f"dtype={dtype}"] if dtype is not None and hf_model.dtype != dtype else []
+    asked += [f"dtype={dtype}"] if dtype not in (None, hf_model.dtype) else []
     if asked:
         said = f"{' and '.join(asked)} can't be given for a model that is quantised or placed already"
         raise ValueError(f"{said}; load it as you want it")

@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,8 +19,6 @@ from ivlens.common.tables import table_html
 from ivlens.models.head import Head
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["HeadEffects"]
@@ -135,8 +135,6 @@ class HeadEffects:
     def to_dataframe(self, task: str | None = None) -> pd.DataFrame:
         """One row per head, strongest first: mean, standard error, 95 % interval, p-value, the same corrected for the number of
         heads (Benjamini and Hochberg), and `stability` among the ten strongest."""
-        import pandas as pd
-
         low, high = self.interval(task)
         columns = {
             "aie": self.mean(task),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +23,6 @@ from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["Edit", "ResidualEffects", "edit_effects", "residual_effects"]
@@ -49,8 +49,6 @@ class ResidualEffects:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer and position: mean and standard error."""
-        import pandas as pd
-
         places = product(range(self.values.shape[1]), self.positions)
         frame = pd.DataFrame(places, columns=["layer", "position"])
         return frame.assign(mean=self.mean().flatten().tolist(), stderr=self.stderr().flatten().tolist())

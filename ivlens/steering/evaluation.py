@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from ivlens.common.statistics import bootstrap_mean, wilson
@@ -26,7 +27,6 @@ from ivlens.tasks.task import Task, same_input
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
 __all__ = ["CONTROLS", "METRICS", "Evaluation", "evaluate"]
@@ -71,8 +71,6 @@ class Evaluation:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task, condition and metric: mean, 95 % interval (Wilson for hits, else bootstrap) and n, how many queries."""
-        import pandas as pd
-
         rows = []
         for (task, condition), part in self.scores.groupby(["task", "condition"], sort=False):
             for metric in self.metrics:
@@ -86,8 +84,6 @@ class Evaluation:
 
     def gains(self, metric: str = "first_token") -> pd.DataFrame:
         """Each condition minus no vector, prompt by prompt, per task and on average (95 % paired bootstrap over queries)."""
-        import pandas as pd
-
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
         prompts = ["task", "prompt", "query"]
@@ -125,8 +121,6 @@ class Evaluation:
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
         """Load what `save` wrote."""
-        import pandas as pd
-
         content = read_json(path, "evaluation")
         return cls(pd.DataFrame(content["scores"]), content["metadata"])
 
@@ -217,8 +211,6 @@ def evaluate(
                 prompts = build_prompts(task, n=n_prompts, shots=n_shots, **look)
                 rows += _score(backend, task, prompts, some, metrics, batch_size)
             bar.update()
-    import pandas as pd
-
     return Evaluation(pd.DataFrame(rows), {"model": backend.name, "shots": shots, **look, **options})
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from torch import Tensor
 
 from ivlens.common.tables import table_html
@@ -15,9 +16,6 @@ from ivlens.running.positions import Injection
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.prompts import Prompt
 from ivlens.vectors.vector import InstructionVector
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["Generations", "generate"]
 
@@ -42,8 +40,6 @@ class Generations:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt, one column per condition."""
-        import pandas as pd
-
         return pd.DataFrame({"prompt": self.prompts, **self.texts})
 
     def _repr_html_(self) -> str:

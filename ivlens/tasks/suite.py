@@ -6,14 +6,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from ivlens.common.hints import hint
 from ivlens.common.tables import table_html
 from ivlens.tasks.task import Example, Task
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["TaskSuite", "as_suite", "load_tasks"]
 
@@ -56,8 +54,6 @@ class TaskSuite(Mapping[str, Task]):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task: group, sizes, instruction, an example."""
-        import pandas as pd
-
         rows = []
         for task in self._tasks.values():
             first = task.train[0] if task.train else Example("", "")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ivlens.common.hints import hint
 from ivlens.tasks.cells import cell_text, cell_texts
 from ivlens.tasks.checks import parse_check
@@ -16,7 +18,6 @@ from ivlens.tasks.files import read_rows
 
 if TYPE_CHECKING:
     import datasets
-    import pandas as pd
 
 __all__ = ["Example", "Task", "plain_text", "same_input"]
 
@@ -182,8 +183,6 @@ class Task:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per example: split, input, output, question, content, check, choices."""
-        import pandas as pd
-
         return pd.DataFrame([{"split": split, **vars(x)} for split in SPLITS for x in self.split(split)])
 
     def __repr__(self) -> str:
