@@ -55,18 +55,18 @@ def finish(
     text = "<br>".join(big + [f'<span style="font-size:13px;color:{FAINT}">{line}</span>' for line in small])
     top, bottom = 30 + 24 * len(big) + 20 * len(small) + extra_top, 58 + extra_bottom
     whole_height = top + height + bottom
+    # A title of several lines has its first line's baseline at y.
+    place = {"x": 20 / whole, "xref": "container", "y": 1 - 32 / whole_height, "yref": "container"}
     figure.update_layout(
         template="plotly_white",
         font={"family": FONT, "size": 13, "color": INK},
-        title={"text": text, "font_size": 18, "xanchor": "left", "yanchor": "top"},
+        title={"text": text, "font_size": 18, "xanchor": "left", "yanchor": "top", **place},
         width=whole,
         height=whole_height,
         margin={"l": left, "r": right, "t": top, "b": bottom},
         hoverlabel={"font_size": 13},
         modebar={"remove": BUTTONS},
     )
-    # A title of several lines has its first line's baseline at y.
-    figure.update_layout(title={"x": 20 / whole, "xref": "container", "y": 1 - 32 / whole_height, "yref": "container"})
     figure.update_xaxes(title_font_size=13, gridcolor=GRID)
     figure.update_yaxes(title_font_size=13, gridcolor=GRID)
     return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +53,10 @@ class TrainingHooks:
         modules = inner.get_submodule(blocks.name)
         for layer in layers:
             module = modules[layer] if self.site == "residual" else modules[layer].get_submodule(output)
-            self._handles.append(module.register_forward_hook(self._add_at(layer)))
+            self._handles.append(module.register_forward_hook(partial(self._add, layer)))
         for layer in {head.layer for head in self.heads}:
             module = modules[layer].get_submodule(output)
-            self._handles.append(module.register_forward_pre_hook(self._read_at(layer, backend)))
+            self._handles.append(module.register_forward_pre_hook(partial(self._read, layer, backend)))
         return self
 
     def detach(self) -> None:
@@ -71,26 +72,19 @@ class TrainingHooks:
         """Outputs of the heads at the places read, in the last pass."""
         return torch.stack([self._z[head.layer][:, head.head] for head in self.heads], dim=1)
 
-    def _add_at(self, layer: int) -> Any:
-        def hook(module: Any, args: tuple, output: Any) -> Any:
-            addition = self.additions.get(layer)
-            if addition is None:
-                return None
-            x = output[0] if isinstance(output, tuple) else output
-            places = (torch.arange(len(addition), device=x.device), self.positions.to(x.device))
-            x = x.index_put(places, addition.to(x), accumulate=True)
-            return (x, *output[1:]) if isinstance(output, tuple) else x
+    def _add(self, layer: int, module: Any, args: tuple, output: Any) -> Any:
+        addition = self.additions.get(layer)
+        if addition is None:
+            return None
+        x = output[0] if isinstance(output, tuple) else output
+        places = (torch.arange(len(addition), device=x.device), self.positions.to(x.device))
+        x = x.index_put(places, addition.to(x), accumulate=True)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
 
-        return hook
-
-    def _read_at(self, layer: int, backend: Backend) -> Any:
-        def hook(module: Any, args: tuple) -> None:
-            if self.read is None:
-                return
+    def _read(self, layer: int, backend: Backend, module: Any, args: tuple) -> None:
+        if self.read is not None:
             rows, columns = (index.to(args[0].device) for index in self.read)
             self._z[layer] = backend.padded(args[0][rows, columns].unflatten(-1, (backend.n_heads, -1)))
-
-        return hook
 
 
 @dataclass(frozen=True)
