@@ -37,18 +37,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
 
 def read_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of a file.
-
-    Parameters
-    ----------
-    kind
-        What the description's `kind` must be.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such file, or it is truncated, not safetensors, or holds something else.
-    """
+    """Tensors and description of a file; FileNotFoundError or ValueError where it is missing, damaged, or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -90,13 +79,7 @@ def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 def read_json(path: str | Path, kind: str) -> dict[str, Any]:
-    """What `write_json` wrote.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such file, or it is truncated or holds something else.
-    """
+    """What `write_json` wrote; FileNotFoundError or ValueError where it is missing, damaged, or of another kind."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of one that ivlens saved")

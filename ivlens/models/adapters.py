@@ -64,16 +64,8 @@ def add_adapter(
 ) -> Any:
     """The model with an adapter on it: a new `PeftModel`, or the one given with one adapter more.
 
-    Parameters
-    ----------
-    label, fingerprint
-        What the base model is called and its `weights_fingerprint`, which must be the one the adapter was trained on where
-        that is on record (`fine_tune` records it).
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a file is missing or truncated, or the adapter belongs to another base model.
+    `label` is what the base is called. Its `fingerprint` must be that of the base the adapter was trained on, where that is on record
+    (`fine_tune` records it). FileNotFoundError or ValueError where a file is missing or truncated, or the base is another.
     """
     from peft import PeftModel
 
@@ -192,13 +184,7 @@ def adapter_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def stack_adapters(first: str | Path, second: str | Path) -> None:
-    """Make the LoRA adapter in folder `second` do what both do together: rows of A and columns of B side by side, exactly.
-
-    Raises
-    ------
-    ValueError
-        If one isn't a plain LoRA adapter, or they are on different modules.
-    """
+    """Make the LoRA adapter in folder `second` do what both do together: rows of A and columns of B side by side, exactly."""
     from safetensors.torch import save_file
 
     configs = [json.loads((Path(path) / CONFIG).read_text(encoding="utf-8")) for path in (first, second)]

@@ -179,10 +179,7 @@ class Backend(ABC):
     ) -> Prefix:
         """Run prompts once and keep what replaying their last `block` tokens needs.
 
-        Parameters
-        ----------
-        shared
-            A prefix of batch 1 common to all prompts, which `tokens` then doesn't repeat (the mask still covers it).
+        `shared` is a prefix of batch 1 common to all prompts, which `tokens` then doesn't repeat (the mask still covers it).
         """
 
     @abstractmethod
@@ -228,11 +225,7 @@ class Backend(ABC):
     ) -> Float[Tensor, "head d_model"]:
         """What each head's output adds to the residual stream, without the layer's output bias.
 
-        Parameters
-        ----------
-        scale
-            `norm_scales` of the prompts behind z, their mean; None: of z itself, as of one prompt. Where no norm follows the
-            attention it says nothing.
+        Where a norm follows the attention, `scale` is the mean of `norm_scales` of the prompts behind z; None takes that of z itself.
         """
         rows = torch.zeros(self.n_heads + 1, self.n_heads, self.d_head, device=z.device, dtype=z.dtype)
         index = torch.arange(self.n_heads, device=z.device)

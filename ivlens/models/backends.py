@@ -12,13 +12,7 @@ __all__ = ["backend_of"]
 
 
 def backend_of(model: Any) -> Backend:
-    """The backend of a hooked model.
-
-    Raises
-    ------
-    TypeError
-        If `model` is neither a `TransformerBridge` nor a `HookedTransformer`.
-    """
+    """The backend of a hooked model; TypeError for what is none."""
     if hasattr(model, "original_model") and hasattr(model, "hooks"):
         return BridgeBackend(model)
     if any(cls.__name__ == "HookedTransformer" for cls in type(model).__mro__):

