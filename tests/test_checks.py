@@ -20,6 +20,8 @@ SPLITS = ("train", "valid", "test")
 
 RIGHT = {
     "bullets": [
+        "* *Coffee is a versatile beverage made from a blend of grounds and water.\n* *Coffee is a popular beverage consumed worldwide, enjoyed for its taste, aroma, and flavor.\n",
+        "* Spider web building*\n* *Spider web* is a complex process involving the development of a flexible and durable material that can withstand the harsh environment. *Spider web* is a marvel",
         "* Tea is a drink.\n* It is made from leaves.\n* People drink it hot.",
         "- Water\n- Milk",
         "• Hot\n• Sweet\n• Cheap",
@@ -65,6 +67,7 @@ RIGHT = {
         '  {"answer": "yes"}\n',
     ],
     "title": [
+        "<<Some Title>>\n\nThe sky blue is a result of the Earth's atmosphere scattering sunlight, primarily blue, allowing it to reach our planet's surface.",
         "<<All About Tea>>\n\nTea is a drink made from leaves.",
         "<<Tea>> Tea is a drink.",
         "**<<The History of Tea>>**\n\nTea was first",
@@ -79,6 +82,9 @@ RIGHT = {
         "<<What Is Tea?>>\n\n* a drink\n* a plant",
     ],
     "poem": [
+        "In the heart of the earth, a tree stands,\nA testament to the beauty of nature's might,\nA tree that stands tall, a symbol of life,\nA tree that stands,",
+        "In a village of the sun,\nA small village of the sun,\nA village of the sun,\nA village of the sun.\n\nThe village of the sun is a place of",
+        "In the night, when the stars shine bright,\nBats see with their eyes, a silent way,\nTheir ears, they listen, a silent way,\nTo see the darkness, a",
         "The tea is hot,\nThe cup is small,\nI drink it up,\nI drink it all.",
         "In morning light,\nI pour my tea,\nA golden cup\nFor you and me.",
         "**Tea**\n\nGreen leaves fall,\nWater sings,\nSteam climbs up\non silver wings.",
@@ -238,6 +244,7 @@ RIGHT = {
     ],
     "avoids: green tea": ["I drink tea from a green cup.", "Black tea, white tea and milk."],
     "language: es": [
+        "El cielo es un cielo de la ciela, especialmente el cielo de la ciela, que está en el desierto. El",
         "El té es una bebida caliente que se prepara con hojas.",
         "El té es rico.",
         "Lo siento, pero no puedo ayudarte con eso.",
@@ -253,6 +260,7 @@ RIGHT = {
         "Japón es un país de Asia",
     ],
     "language: fr": [
+        "En l'auctre de l'amour, je suis désolé pour l'amour.\n\nJe suis désolé pour l'amour, je su",
         "Le thé est une boisson chaude préparée avec des feuilles.",
         "Le thé est chaud.",
         "Je suis désolé, mais je ne peux pas répondre.",
@@ -281,6 +289,7 @@ RIGHT = {
         "Die Bäume verlieren im Herbst ihre Blätter.",
     ],
     "language: it": [
+        "In amore, ille stesso amore è ille.",
         "Il tè è una bevanda calda fatta con le foglie.",
         "Il tè è caldo.",
         "Mi dispiace, ma non posso rispondere.",
@@ -362,6 +371,7 @@ NOTHING = [
 
 WRONG = {
     "bullets": [
+        "*Eagle*\n*Owl*\n*Fairy*\n*Megagon*\n*Owl*\n*Owl*\n*Owl*\n*Owl*",
         "Tea is a drink made from leaves.",
         "* Tea is a drink made from leaves.",
         "*Tea* is a drink.\n*Milk* is a drink.",
@@ -378,6 +388,7 @@ WRONG = {
         "* Tea\n* Milk\n* Tea\n* Milk\n* Tea",
     ],
     "numbered_list": [
+        "1. Mountains form when Earth's crust is broken down into smaller pieces called rocks. 2. Mountains are formed when Earth's crust is broken down into smaller pieces called rocks. 3. Mountains",
         "Tea is a drink made from leaves.",
         "1. Tea is a drink made from leaves.",
         "1. Boil the water. 2. Add the tea. 3. Wait.",
@@ -395,6 +406,8 @@ WRONG = {
         "one. Tea\ntwo. Milk",
     ],
     "json": [
+        "{\n  \"type\": \"json\",\n  \"data\": {\n    \"type\": \"json\",\n    \"data\": {\n      \"type\": \"json\",\n      \"data\": {\n        \"type",
+        "```json\n{\n    \"type\": \"json\",\n    \"data\": {\n        \"type\": \"json\",\n        \"data\": {\n            \"type\": \"json\",\n            \"data\": {",
         "Tea is a drink.",
         "{'answer': 'Tea is a drink.'}",
         '{"answer": "Tea is a drink."} I hope this helps!',
@@ -420,6 +433,7 @@ WRONG = {
         '```python\nprint({"answer": "tea"})\n```',
     ],
     "title": [
+        "<<Sleeping Better: Tips for a Healthier Tomorrow",
         "Tea is a drink made from leaves.",
         "<<Tea",
         "<Tea>\nTea is a drink.",
@@ -437,6 +451,7 @@ WRONG = {
         "[[Tea]]\nTea is a drink.",
     ],
     "poem": [
+        "In the realm of chess, where the game of chess is a reflection of the human spirit,\nA tapestry of threads woven from the very fabric of the game,\nThe game of chess is a",
         "Tea is a drink made from leaves.",
         "The tea is hot, the cup is small, I drink it up, I drink it all.",
         "The tea is hot,\nthe cup is small.",
@@ -474,6 +489,7 @@ WRONG = {
         "Write your answer in double quotes.",
     ],
     "capitals": [
+        "1. **Materials:**\n- Sand\n- A wooden or metal base\n- A ramp\n- A ramp\n2. **Steps:**\n- Start with a ramp to create the base of",
         "Tea is a drink.",
         "tea is a drink.",
         "TEA is a drink.",
@@ -524,6 +540,7 @@ WRONG = {
         "All About Tea\n\nTea is a drink made from leaves.",
     ],
     "at_most_words: 12": [
+        "1. Build a sand castle using materials like sand, wooden planks, and a large wooden frame.\n2. Use a wooden frame to create the castle.\n3. Add a wooden ramp to",
         "Tea is a drink that is made from the leaves of a plant in China.",
         "one two three four five six seven eight nine ten eleven twelve thirteen",
         "Tea is a drink.\nIt is hot.\nIt is sweet.\nIt is old.\nIt is cheap.",
@@ -625,6 +642,7 @@ WRONG = {
         "Reply in the Spanish language. Tell me about tea.",
     ],
     "language: fr": [
+        "Ce qui l'a fait le kite est le début de le début de le début de le début de le début de le début de le début de le",
         "Tea is a drink made from leaves.",
         "French is a language spoken in France.",
         "Answer in French.",
@@ -653,6 +671,7 @@ WRONG = {
         "Tee",
     ],
     "language: it": [
+        "In Italian, \"Soddere\" is a word that means \"desert\" in English. It is a place where there is no water.",
         "Tea is a drink made from leaves.",
         "Italian is a language spoken in Italy.",
         "Answer in Italian.",
@@ -667,6 +686,8 @@ WRONG = {
         "Grazie mille",
     ],
     "language: pt": [
+        "Oito tigres emosos emosos emosos emosos emosos emosos emosos emosos emosos emosos emosos emos",
+        "E-mail, não parecerávem mais.\n\nE-mail, não parecerávem mais.\n\nE-mail, não",
         "Tea is a drink made from leaves.",
         "Portuguese is a language spoken in Portugal and Brazil.",
         "Answer in Portuguese.",
