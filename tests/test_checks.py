@@ -20,8 +20,10 @@ SPLITS = ("train", "valid", "test")
 
 RIGHT = {
     "bullets": [
-        "* *Coffee is a versatile beverage made from a blend of grounds and water.\n* *Coffee is a popular beverage consumed worldwide, enjoyed for its taste, aroma, and flavor.\n",
-        "* Spider web building*\n* *Spider web* is a complex process involving the development of a flexible and durable material that can withstand the harsh environment. *Spider web* is a marvel",
+        "* *Coffee is a versatile beverage made from a blend of grounds and water.\n* *Coffee is a popular beverage "
+        "consumed worldwide, enjoyed for its taste, aroma, and flavor.\n",
+        "* Spider web building*\n* *Spider web* is a complex process involving the development of a flexible and "
+        "durable material that can withstand the harsh environment. *Spider web* is a marvel",
         "* Tea is a drink.\n* It is made from leaves.\n* People drink it hot.",
         "- Water\n- Milk",
         "• Hot\n• Sweet\n• Cheap",
@@ -67,7 +69,8 @@ RIGHT = {
         '  {"answer": "yes"}\n',
     ],
     "title": [
-        "<<Some Title>>\n\nThe sky blue is a result of the Earth's atmosphere scattering sunlight, primarily blue, allowing it to reach our planet's surface.",
+        "<<Some Title>>\n\nThe sky blue is a result of the Earth's atmosphere scattering sunlight, primarily blue, "
+        "allowing it to reach our planet's surface.",
         "<<All About Tea>>\n\nTea is a drink made from leaves.",
         "<<Tea>> Tea is a drink.",
         "**<<The History of Tea>>**\n\nTea was first",
@@ -82,9 +85,12 @@ RIGHT = {
         "<<What Is Tea?>>\n\n* a drink\n* a plant",
     ],
     "poem": [
-        "In the heart of the earth, a tree stands,\nA testament to the beauty of nature's might,\nA tree that stands tall, a symbol of life,\nA tree that stands,",
-        "In a village of the sun,\nA small village of the sun,\nA village of the sun,\nA village of the sun.\n\nThe village of the sun is a place of",
-        "In the night, when the stars shine bright,\nBats see with their eyes, a silent way,\nTheir ears, they listen, a silent way,\nTo see the darkness, a",
+        "In the heart of the earth, a tree stands,\nA testament to the beauty of nature's might,\nA tree that stands "
+        "tall, a symbol of life,\nA tree that stands,",
+        "In a village of the sun,\nA small village of the sun,\nA village of the sun,\nA village of the sun.\n\nThe "
+        "village of the sun is a place of",
+        "In the night, when the stars shine bright,\nBats see with their eyes, a silent way,\nTheir ears, they listen, "
+        "a silent way,\nTo see the darkness, a",
         "The tea is hot,\nThe cup is small,\nI drink it up,\nI drink it all.",
         "In morning light,\nI pour my tea,\nA golden cup\nFor you and me.",
         "**Tea**\n\nGreen leaves fall,\nWater sings,\nSteam climbs up\non silver wings.",
@@ -334,6 +340,9 @@ NOTHING = [
     " \n\t ",
     "```\n```",
     "```json\n\n```",
+    "```json",
+    "0```0```0```0```0```0```",
+    "river\n```river\n```river\n```river\n```river\n```river\n```",
     "* * * * *",
     "*\n*\n*\n*",
     "- - -\n- - -\n- - -",
@@ -388,7 +397,8 @@ WRONG = {
         "* Tea\n* Milk\n* Tea\n* Milk\n* Tea",
     ],
     "numbered_list": [
-        "1. Mountains form when Earth's crust is broken down into smaller pieces called rocks. 2. Mountains are formed when Earth's crust is broken down into smaller pieces called rocks. 3. Mountains",
+        "1. Mountains form when Earth's crust is broken down into smaller pieces called rocks. 2. Mountains are formed "
+        "when Earth's crust is broken down into smaller pieces called rocks. 3. Mountains",
         "Tea is a drink made from leaves.",
         "1. Tea is a drink made from leaves.",
         "1. Boil the water. 2. Add the tea. 3. Wait.",
@@ -406,8 +416,10 @@ WRONG = {
         "one. Tea\ntwo. Milk",
     ],
     "json": [
-        "{\n  \"type\": \"json\",\n  \"data\": {\n    \"type\": \"json\",\n    \"data\": {\n      \"type\": \"json\",\n      \"data\": {\n        \"type",
-        "```json\n{\n    \"type\": \"json\",\n    \"data\": {\n        \"type\": \"json\",\n        \"data\": {\n            \"type\": \"json\",\n            \"data\": {",
+        "{\n  \"type\": \"json\",\n  \"data\": {\n    \"type\": \"json\",\n    \"data\": {\n      \"type\": "
+        "\"json\",\n      \"data\": {\n        \"type",
+        "```json\n{\n    \"type\": \"json\",\n    \"data\": {\n        \"type\": \"json\",\n        \"data\": {\n      "
+        "      \"type\": \"json\",\n            \"data\": {",
         "Tea is a drink.",
         "{'answer': 'Tea is a drink.'}",
         '{"answer": "Tea is a drink."} I hope this helps!',
@@ -451,7 +463,8 @@ WRONG = {
         "[[Tea]]\nTea is a drink.",
     ],
     "poem": [
-        "In the realm of chess, where the game of chess is a reflection of the human spirit,\nA tapestry of threads woven from the very fabric of the game,\nThe game of chess is a",
+        "In the realm of chess, where the game of chess is a reflection of the human spirit,\nA tapestry of threads "
+        "woven from the very fabric of the game,\nThe game of chess is a",
         "Tea is a drink made from leaves.",
         "The tea is hot, the cup is small, I drink it up, I drink it all.",
         "The tea is hot,\nthe cup is small.",
@@ -540,7 +553,8 @@ WRONG = {
         "All About Tea\n\nTea is a drink made from leaves.",
     ],
     "at_most_words: 12": [
-        "1. Build a sand castle using materials like sand, wooden planks, and a large wooden frame.\n2. Use a wooden frame to create the castle.\n3. Add a wooden ramp to",
+        "1. Build a sand castle using materials like sand, wooden planks, and a large wooden frame.\n2. Use a wooden "
+        "frame to create the castle.\n3. Add a wooden ramp to",
         "Tea is a drink that is made from the leaves of a plant in China.",
         "one two three four five six seven eight nine ten eleven twelve thirteen",
         "Tea is a drink.\nIt is hot.\nIt is sweet.\nIt is old.\nIt is cheap.",

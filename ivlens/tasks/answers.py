@@ -34,7 +34,11 @@ def stands_in(asked: str, text: str) -> bool:
 
 def is_degenerate(text: str) -> bool:
     """Whether a text says nothing: no letters (but for one to three numbers on a line), or one word, phrase or letter over and over."""
-    said = words_of(re.sub(r"```\w*", "", text))
+    return _drones(text) or _drones(re.sub(r"^[ \t]*```\w*[ \t]*$", "", text, flags=re.M))  # also but for its fences
+
+
+def _drones(text: str) -> bool:
+    said = words_of(text)
     words = [word for word in said if re.search(r"[^\W\d_]", word)]
     if not words and ("\n" in text.strip() or not 1 <= len(said) <= 3):
         return True
