@@ -7,7 +7,7 @@ import torch
 
 from ivlens.models import backend_of
 from ivlens.running.decoding import choose, complete
-from ivlens.running.positions import Injection
+from ivlens.running.injection import Injection
 from ivlens.running.tokens import TokenizedPrompt
 from tests import tiny
 

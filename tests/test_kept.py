@@ -24,6 +24,7 @@ from ivlens.dynamics.tracking import track
 from ivlens.models.head import Head
 from ivlens.patching.heads import head_effects
 from ivlens.patching.locating import locate_heads
+from ivlens.tasks.checks import register_check
 from ivlens.training.finetune import fine_tune
 from ivlens.training.methods import EWC
 from ivlens.vectors.vector import InstructionVector
@@ -163,9 +164,24 @@ def test_locate_heads(load, tokenizer, tmp_path):
         "seed": 1,
     }
     options |= {"n_prompts": 3, "n_mean": 6, "progress": False}
-    assert_told_apart(locate_heads, tmp_path, options, changes, apart={"template"})
+    sampling = {"tries": 2, "max_new_tokens": 9, "answer_tokens": 3}
+    assert_told_apart(locate_heads, tmp_path, options, changes, apart={"template", *sampling})
     seen = files_after(locate_heads, tmp_path, **options, style="chat")
     assert files_after(locate_heads, tmp_path, **options, style="chat", template={"system": "Be brief."}) > seen
+    register_check("anything")(lambda text: True)
+    records = [{"input": f"Tell me about {word}."} for word in tiny.VERBS]
+    free = ivl.Task.from_records(records, name="free", instruction="Go on.", check="anything")
+    options |= {"tasks": free, "instruction": 0, "max_new_tokens": 6, "folder": tmp_path}
+    locate_heads(**options)
+    seen = set(tmp_path.rglob("*"))
+    for name, value in sampling.items():
+        locate_heads(**{**options, name: value})
+        more = set(tmp_path.rglob("*"))
+        assert more > seen, name
+        seen = more
+    register_check("anything")(lambda text: len(text) > 0)
+    locate_heads(**options)
+    assert set(tmp_path.rglob("*")) > seen, "answers that another check let pass"
 
 
 def test_head_effects(load, tokenizer, tmp_path):

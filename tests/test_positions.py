@@ -135,7 +135,7 @@ def test_scores_of_answers_inside_inject_have_the_vector_at_the_prompt_s_end(mod
     prompts = ivl.build_prompts(task, n=5, shots=2)
     from ivlens.models import backend_of
     from ivlens.running.decoding import complete
-    from ivlens.running.positions import Injection
+    from ivlens.running.injection import Injection
     from ivlens.running.reading import read_prompts
     from ivlens.running.tokens import tokenize
 

@@ -8,7 +8,7 @@ import torch
 import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.models.head import Head
-from ivlens.running.positions import Injection
+from ivlens.running.injection import Injection
 from ivlens.running.tokens import pad_left, tokenize
 from ivlens.vectors.vector import InstructionVector
 from tests import tiny

@@ -18,7 +18,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import Checkpoint, open_checkpoints
 from ivlens.patching.residual import Edit, edit_effects
-from ivlens.running.positions import Injection
+from ivlens.running.injection import Injection
 from ivlens.running.reading import read_prompts
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.steering.controls import random_vector

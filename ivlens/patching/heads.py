@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from ivlens.common.keys import key
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.models.backends import backend_of
 from ivlens.models.precision import in_float32
-from ivlens.running.reading import read_prompts
+from ivlens.running.reading import Reading, read_prompts
 from ivlens.running.replay import Sweep
 from ivlens.running.scores import check_finite
 from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
 
-__all__ = ["head_effects", "head_outputs", "mean_head_outputs"]
+__all__ = ["head_effects", "head_outputs", "mean_head_outputs", "read_heads"]
 
 
 def mean_head_outputs(
@@ -38,7 +39,6 @@ def mean_head_outputs(
     return read.double().mean(0).float()
 
 
-@torch.inference_mode()
 def head_outputs(
     model: Any,
     prompts: Sequence[Prompt | str | Tensor],
@@ -59,18 +59,34 @@ def head_outputs(
     ValueError
         If no prompt counts, because none is answered correctly.
     """
+    return read_heads(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress).z
+
+
+@torch.inference_mode()
+def read_heads(
+    model: Any,
+    prompts: Sequence[Prompt | str | Tensor],
+    *,
+    resid: bool = False,
+    only_correct: bool = False,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Reading:
+    """`head_outputs`, and with `resid` the residual streams of the same prompts."""
     backend = backend_of(model)
     backend.check_hooks()
     rows = tokenize(backend, prompts)
     # Scored by the first token of the answer, which needs no answer tokens in the input.
     rows = [TokenizedPrompt(r.prompt, r.answer[:1] if only_correct else ()) for r in rows]
     with tqdm(total=len(rows), desc="mean head outputs", disable=not progress) as bar, in_float32(backend.model):
-        read = read_prompts(backend, rows, z=True, batch_size=batch_size, bar=bar)
-    z = read.z[read.scores["accuracy"] == 1] if only_correct else read.z
-    if not len(z):
+        read = read_prompts(backend, rows, z=True, resid=resid, batch_size=batch_size, bar=bar)
+    if only_correct:
+        right = read.scores["accuracy"] == 1
+        read = Reading(read.z[right], read.resid[right] if resid else None)
+    if not len(read.z):
         raise ValueError("the model answers none of the prompts correctly; use more shots or only_correct=False")
-    check_finite(z, next(backend.model.parameters()).dtype)
-    return z
+    check_finite(read.z, next(backend.model.parameters()).dtype)
+    return read
 
 
 def head_effects(
@@ -124,9 +140,10 @@ def sweep_heads(
     *,
     metric: str,
     distractors: Sequence[str] | None,
+    answer_tokens: int | None = None,
     **options: Any,
 ) -> Sweep:
-    """All heads on all prompts; options as in `Sweep`."""
+    """All heads on all prompts, scored by the first `answer_tokens` of the answers (None: all); options as in `Sweep`."""
     backend = backend_of(model)
     backend.check_hooks()
     expected = (backend.n_layers, backend.n_heads, backend.d_head)
@@ -135,7 +152,7 @@ def sweep_heads(
         raise ValueError(f"replacement has shape {tuple(replacement.shape)}, but {needed}")
     if not torch.isfinite(replacement).all():
         raise ValueError("replacement holds NaN or infinite values; compute it again with mean_head_outputs")
-    tokenized = tokenize(backend, prompts, answers)
+    tokenized = [replace(t, answer=t.answer[:answer_tokens]) for t in tokenize(backend, prompts, answers)]
     wrong = None if distractors is None else [t.answer[0] for t in tokenize(backend, prompts, distractors)]
     if alike := sum(row.answer[:1] == (first,) for row, first in zip(tokenized, wrong or ())):
         said = f"{alike} of {len(tokenized)} distractors begin with their answer's own first token"

@@ -15,6 +15,7 @@ from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.heads import collect_effects, mean_head_outputs, sweep_heads
+from ivlens.running.answers import own_answers
 from ivlens.running.scores import check_metric
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.counterfactuals import counterfactual
@@ -33,11 +34,14 @@ def locate_heads(
     instruction: bool | str | int = False,
     style: str = "qa",
     template: Mapping[str, Any] | None = None,
-    counterfactual: str = "shuffled_labels",
-    metric: str = "probability",
+    counterfactual: str | None = None,
+    metric: str | None = None,
     n_prompts: int = 25,
     n_mean: int = 50,
     only_correct: bool = False,
+    tries: int = 4,
+    max_new_tokens: int = 40,
+    answer_tokens: int = 8,
     method: str = "auto",
     max_rows: int | None = None,
     folder: str | Path | None = None,
@@ -54,13 +58,18 @@ def locate_heads(
     shots, instruction, style, template
         How the stating prompts look; see `build_prompts`.
     counterfactual
-        How the instruction is destroyed: `shuffled_labels`, `no_instruction`, `other_instruction`, `random_text`.
+        How the instruction is destroyed: `shuffled_labels` (default with demonstrations), `no_instruction` (default without),
+        `other_instruction`, `random_text`.
     metric
-        See `head_effects`. `logit_difference` takes another example's answer as the distractor.
+        See `head_effects`; default `probability`, and `log_probability` where answers are free. `logit_difference` takes another
+        example's answer as the distractor.
     n_prompts
         Counterfactual prompts per task. Those that come out like their original are left out, with a warning.
     n_mean
         Prompts per task behind the mean head outputs (the code of the Function Vectors paper uses 100).
+    tries, max_new_tokens, answer_tokens
+        Of tasks with a check, whose answers are the model's own: how many answers to try per prompt (one greedy, the others
+        sampled) until one passes, how long they are, and how many of their first tokens effects are measured on.
     folder
         Where to keep what is done, so that an interrupted run goes on there.
 
@@ -72,11 +81,18 @@ def locate_heads(
     Raises
     ------
     ValueError
-        If no prompt states its task, a counterfactual changes none of a task's prompts, or `logit_difference` finds no answer
-        that differs in its first token.
+        If no prompt states its task, a counterfactual changes none of a task's prompts, `logit_difference` finds no answer
+        that differs in its first token, or none of the model's own answers passes its check.
     """
     suite = as_suite(tasks)
     backend = backend_of(model)
+    free = {task.is_checked for task in suite.values()}
+    if len(free) > 1 and metric is None:
+        raise ValueError(
+            "some of the tasks have free answers, some one right answer: locate them apart, or give a metric"
+        )
+    metric = metric or ("log_probability" if True in free else "probability")
+    counterfactual = counterfactual or ("shuffled_labels" if shots else "no_instruction")
     check_metric(metric)
     if n_prompts < 1 or n_mean < 1:
         raise ValueError(f"n_prompts={n_prompts} and n_mean={n_mean} must be 1 or more")
@@ -85,16 +101,22 @@ def locate_heads(
         raise ValueError(f"{said}: there is nothing to locate; pass shots=10 or instruction=True")
     about = None if folder is None else key(backend.model, method)
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "split": "train"}
-    values, baselines, queries, names, checked = [], [], [], [], False
+    values, baselines, queries, names, own, checked = [], [], [], [], {}, False
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
             clean = build_prompts(task, n=n_prompts, seed=seed + 1, **look)
+            if task.is_checked:
+                sampling = {"tries": tries, "max_new_tokens": max_new_tokens, "folder": folder, "seed": seed}
+                answers = own_answers(backend, clean, **sampling)
+                clean = answers.prompts
+                own[task.name] = {"asked": answers.asked, "tried": answers.tried, "kept": len(clean)}
             broken = _changed(backend, clean, counterfactual, list(suite.values()), seed)
             wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None
             stating = build_prompts(task, n=n_mean, seed=seed, repeat=True, **look)
             mean = mean_head_outputs(model, stating, only_correct=only_correct)
             options = {"metric": metric, "distractors": wrong, "method": method, "max_rows": max_rows}
+            options["answer_tokens"] = answer_tokens if task.is_checked else None
             sweep = sweep_heads(model, broken, None, mean, **options)
             asked = [same_input(prompt.query) for prompt in broken]
             if len(set(asked)) > 1 and len(set(sweep.scored)) == 1:
@@ -111,6 +133,7 @@ def locate_heads(
             bar.update()
     settings = {"shots": shots, "instruction": instruction, "style": style, "counterfactual": counterfactual}
     settings |= {"model": backend.name, "method": method, "n_mean": n_mean, "seed": seed}
+    settings |= {"own_answers": own, "answer_tokens": answer_tokens} if own else {}
     return HeadEffects(torch.cat(values), torch.cat(baselines), tuple(names), metric, settings, tuple(queries))
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ivlens.models.backend import Backend
 from ivlens.models.comparison import without_training
 from ivlens.running.batches import in_batches
-from ivlens.running.positions import Injection
+from ivlens.running.injection import Injection
 from ivlens.running.scores import check_finite, measure, normalized
 from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left
 
@@ -44,6 +44,8 @@ def complete(
     max_new_tokens: int | None = None,
     stop: str | None = "\n",
     wanted: Sequence[Sequence[str]] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
     batch_size: int = 64,
     bar: tqdm | None = None,
 ) -> dict[Hashable, Completions]:
@@ -53,7 +55,7 @@ def complete(
     forked for each injection (unless it acts on all positions). What all prompts begin with is read once.
 
     Without `max_new_tokens` the prompts' answers are scored only. `wanted` are, per prompt, the only texts that matter: decoding ends
-    early where it can become none of them.
+    early where it can become none of them. With a temperature tokens are sampled, else decoding is greedy.
     """
     done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     for injection in filter(None, injections.values()):
@@ -61,6 +63,7 @@ def complete(
     if wanted is not None:
         wanted = [[normalized(backend.tokenizer, text) for text in texts] for texts in wanted]
     reader = _Reader(backend, rows)
+    chosen_by = partial(_chosen, temperature=temperature, generator=torch.Generator(backend.device).manual_seed(seed))
 
     def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
         plain = reader.read(tokens, mask)
@@ -75,7 +78,7 @@ def complete(
                     done[name].first_token[i], done[name].log_probability[i] = scores
             if max_new_tokens:
                 only = None if wanted is None else [wanted[i] for i in index]
-                for i, text in zip(index, _decode(begin(), max_new_tokens, stop, only)):
+                for i, text in zip(index, _decode(begin(), max_new_tokens, stop, only, chosen_by)):
                     done[name].texts[i] = text
             if bar is not None:
                 bar.update(len(index))
@@ -154,22 +157,28 @@ class _Reader:
 
 
 @contextmanager
-def _injected(backend: Backend, injection: Injection | None, columns: slice | None) -> Iterator[None]:
-    """Add to these positions of the forward passes inside (None for none)."""
+def _injected(
+    backend: Backend,
+    injection: Injection | None,
+    columns: slice | None,
+    end: int | None = None,
+    opened: dict[int, Tensor] | None = None,
+) -> Iterator[None]:
+    """Add to these positions of the forward passes inside (None for none); `end` is the prompt's last one, for gates."""
     if injection is None or columns is None:
         yield
         return
 
-    def add(x: Tensor, vector: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, columns] += vector
-        return x
+    def add(x: Tensor, change: Tensor) -> Tensor:
+        changed = x.clone()
+        changed[:, columns] = (x + change)[:, columns]
+        return changed
 
     fired: set[int] = set()
-    with backend.model.hooks(fwd_hooks=injection.hooks(backend, add, fired)):
+    with backend.model.hooks(fwd_hooks=injection.hooks(backend, add, fired, end, opened)):
         yield
-    if fired != set(injection.additions):
-        raise RuntimeError(f"nothing was injected after layer(s) {sorted(set(injection.additions) - fired)}")
+    if missing := injection.layers - fired:
+        raise RuntimeError(f"nothing was injected after layer(s) {sorted(missing)}")
 
 
 class _Run:
@@ -180,16 +189,19 @@ class _Run:
         self.at = None if injection is None else injection.positions
         self.fed = tokens if cache is None else tokens[:, -1:]
         self.cache = backend.new_cache(len(tokens)) if cache is None else copy.deepcopy(cache)
+        self.opened: dict[int, Tensor] = {}  # which rows' gates are open, once the prompt's last token has been seen
 
     def first(self) -> Tensor:
         """Logits after the prompt, [batch 1 d_vocab]."""
-        with _injected(self.backend, self.injection, slice(None if self.at == "all" else self.fed.shape[1] - 1, None)):
+        columns = slice(None if self.at == "all" else self.fed.shape[1] - 1, None)
+        with _injected(self.backend, self.injection, columns, self.fed.shape[1] - 1, self.opened):
             return self.backend.forward(self.fed, self.mask, cache=self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token, [batch 1 d_vocab]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        with _injected(self.backend, self.injection, None if self.at == "last" else slice(None)):
+        columns = None if self.at == "last" else slice(None)
+        with _injected(self.backend, self.injection, columns, None, self.opened):
             return self.backend.forward(tokens, self.mask, cache=self.cache)
 
     def along(self, answers: Tensor) -> Tensor:
@@ -199,7 +211,8 @@ class _Run:
             return torch.cat([self.first(), *(self.step(answers[:, j : j + 1]) for j in range(length - 1))], dim=1)
         fed = torch.cat([self.fed, answers[:, :-1]], dim=1)
         mask = torch.cat([self.mask, self.mask.new_ones(len(answers), length - 1)], dim=1)
-        with _injected(self.backend, self.injection, slice(0, 1) if self.at == "last" else slice(None)):
+        columns = slice(0, 1) if self.at == "last" else slice(None)
+        with _injected(self.backend, self.injection, columns, 0, self.opened):
             return self.backend.forward(fed, mask, cache=self.cache, keep=length)
 
 
@@ -211,16 +224,21 @@ def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], li
     return first, measure("log_probability", logits[:, None], answers, counted)[:, 0].tolist()
 
 
-def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[Sequence[str]] | None) -> list[str]:
+def _decode(
+    run: _Run,
+    max_new_tokens: int,
+    stop: str | None,
+    wanted: Sequence[Sequence[str]] | None,
+    chosen_by: Callable[[Tensor], Tensor],
+) -> list[str]:
     tokenizer, ends, n = run.backend.tokenizer, set(run.backend.end_tokens), len(run.fed)
     written: list[list[int]] = [[] for _ in range(n)]
     texts, open_rows = [""] * n, set(range(n))
     logits = run.first()
     for step in range(max_new_tokens):
-        best = logits[:, -1].max(-1, keepdim=True)
-        check_finite(best.values, logits.dtype)
+        last = chosen_by(logits[:, -1])
         for row in sorted(open_rows):
-            token = int(best.indices[row, 0])
+            token = int(last[row, 0])
             if token in ends:
                 open_rows.discard(row)
                 continue
@@ -234,7 +252,7 @@ def _decode(run: _Run, max_new_tokens: int, stop: str | None, wanted: Sequence[S
                 open_rows.discard(row)
         if not open_rows or step == max_new_tokens - 1:
             break
-        logits = run.step(best.indices)
+        logits = run.step(last)
     return texts
 
 
@@ -242,3 +260,12 @@ def _may_become(text: str, wanted: str) -> bool:
     """Whether more tokens can make this text that one, but for white space, which some tokenizers take back later."""
     begun, whole = ("".join(x.split()) for x in (text, wanted))
     return whole.startswith(begun.rstrip("\ufffd"))  # half a character
+
+
+def _chosen(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """The next tokens, [batch 1]: the likeliest, or sampled."""
+    best = logits.max(-1, keepdim=True)
+    check_finite(best.values, logits.dtype)
+    if not temperature:
+        return best.indices
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)

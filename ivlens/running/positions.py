@@ -1,11 +1,10 @@
-"""What is added to the residual stream, and at which positions of which forward pass it lands."""
+"""At which positions of which forward pass an injection lands."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -14,93 +13,9 @@ from torch import Tensor
 
 from ivlens.models.backend import Backend, backend_ends
 from ivlens.models.backends import backend_of
+from ivlens.running.injection import Injection
 
-__all__ = ["Injection", "injected"]
-
-POSITIONS = ("last", "generated", "all")
-MODES = ("sum", "heads")
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What is added to the residual stream after which layers, and at which positions.
-
-    `additions` maps a layer to a tensor [d_model], or [batch d_model] for one vector per row, already scaled.
-    """
-
-    additions: dict[int, Tensor]
-    positions: str | Tensor = "last"
-
-    @classmethod
-    def of(
-        cls,
-        backend: Backend,
-        vector: Any,
-        *,
-        layer: int | None = None,
-        scale: float | None = None,
-        positions: str | Tensor = "last",
-        mode: str = "sum",
-    ) -> Injection:
-        """Check the arguments of `inject` and turn them into additions."""
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
-        if not isinstance(positions, Tensor) and positions not in POSITIONS:
-            known = ", ".join(POSITIONS)
-            raise ValueError(f"positions={positions!r} is unknown; choose one of {known}, or a tensor with one per row")
-        whole = not isinstance(vector, Tensor)
-        if whole:
-            vector.check_model(backend.model)
-        elif vector.shape[-1] != backend.d_model or vector.dim() > 2:
-            needed = f"{backend.name} needs [d_model] = ({backend.d_model},)"
-            raise ValueError(f"the vector has shape {tuple(vector.shape)}, but {needed}")
-        elif not torch.isfinite(vector).all():
-            raise ValueError("the vector holds NaN or infinite values")
-        scale = (vector.scale if whole else 1.0) if scale is None else scale
-        if mode == "heads":
-            if not whole or vector.shares is None:
-                raise ValueError("mode='heads' needs an InstructionVector with heads; use mode='sum'")
-            additions: dict[int, Tensor] = {}
-            for head, share in zip(vector.heads, vector.shares):
-                additions[head.layer] = additions.get(head.layer, 0) + scale * share
-            return cls(additions, positions)
-        layer = vector.layer if layer is None and whole else layer
-        if layer is None:
-            layer = f"layer= (a third of the depth, {backend.n_layers // 3}, is a fair first try)"
-            raise ValueError(f"no layer given and the vector has none; pass {layer} or use ivl.tune_injection")
-        return cls({backend.check_layer(layer): scale * (vector.vector if whole else vector)}, positions)
-
-    @property
-    def per_row(self) -> bool:
-        return any(v.dim() == 2 for v in self.additions.values())
-
-    def check_rows(self, n: int) -> None:
-        """Raise where one vector per row doesn't fit this many prompts."""
-        wrong = next((len(v) for v in self.additions.values() if v.dim() == 2 and len(v) != n), None)
-        if wrong is not None:
-            raise ValueError(f"the vector has {wrong} rows for {n} prompts; pass one per prompt, or a single [d_model]")
-        if isinstance(self.positions, Tensor):
-            known = ", ".join(POSITIONS)
-            raise ValueError(f"positions is a tensor, but prompts are batched anew; choose {known}, or use ivl.inject")
-
-    def of_rows(self, index: list[int]) -> Injection:
-        """The same for these rows only."""
-        return Injection({k: v[index] if v.dim() == 2 else v for k, v in self.additions.items()}, self.positions)
-
-    def hooks(
-        self, backend: Backend, add: Callable[[Tensor, Tensor], Tensor], fired: set[int]
-    ) -> list[tuple[str, Callable]]:
-        """One hook per layer; `add(x, vector)` says where the vector goes."""
-
-        def hook_for(layer: int, vector: Tensor) -> Callable:
-            def hook_fn(x: Tensor, hook: Any) -> Tensor:
-                fired.add(layer)
-                v = vector.to(x)
-                return add(x, v[:, None] if v.dim() == 2 else v)
-
-            return hook_fn
-
-        return [(backend.resid_hook(layer), hook_for(layer, v)) for layer, v in self.additions.items()]
+__all__ = ["injected"]
 
 
 class _Place:
@@ -161,6 +76,12 @@ class _Place:
         at = (self.positions if own else self.last).to(x.device)[:, None]
         here = columns >= at if not own and self.positions == "generated" else columns == _per_row(at, len(x))
         return torch.where(here[..., None], x + vector, x) if here.any() else x
+
+    def end(self) -> Tensor | None:
+        """Columns of the rows' last prompt tokens in this pass; None where it holds none of them."""
+        if self.elsewhere or self.last is None:
+            return None
+        return self.last - self.start if (self.last >= self.start).all() else None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -251,10 +172,9 @@ def injected(model: Any, injection: Injection) -> Iterator[Any]:
     """Inside, the injection acts on every forward pass of the model; see `steering.inject`."""
     backend = backend_of(model)
     place, fired = _Place(backend, injection.positions), set()
-    hooks = injection.hooks(backend, place.add, fired)
+    hooks = injection.hooks(backend, place.add, fired, place.end)
     with place.watching(), model.hooks(fwd_hooks=hooks):
         yield model
-        if place.runs and fired != set(injection.additions):
-            missing = sorted(set(injection.additions) - fired)
+        if place.runs and (missing := sorted(injection.layers - fired)):
             said = f"the model ran, but nothing was injected after layer(s) {missing}"
             raise RuntimeError(f"{said}: did it stop at an earlier layer?")

@@ -17,6 +17,7 @@ from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["CONTROLS", "random_vector", "with_controls"]
 
+LIKEWISE = ("model", "signature", "unit", "positions", "how", "projections")  # what a random vector has of its model's
 CONTROLS = ("random vector", "random heads", "other task")
 
 
@@ -34,7 +35,7 @@ def random_vector(
     rows = like.shares if by_heads else like.vector[None]
     noise = torch.randn(rows.shape, generator=generator).to(rows)
     noise *= rows.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-    about = {k: like.metadata[k] for k in ("model", "signature", "unit") if k in like.metadata}
+    about = {k: like.metadata[k] for k in LIKEWISE if k in like.metadata}
     about["task"] = f"random vector {seed}/{draw}"
     heads, shares = (like.heads, noise) if by_heads else ((), None)
     return InstructionVector(noise.sum(0), heads, shares, layer=like.layer, scale=like.scale, metadata=about)

@@ -17,7 +17,7 @@ from ivlens.common.tables import table_html
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
-from ivlens.running.positions import Injection
+from ivlens.running.injection import Injection
 from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import room_for, tokenize
 from ivlens.steering.controls import CONTROLS, with_controls

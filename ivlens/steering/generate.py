@@ -12,8 +12,9 @@ from torch import Tensor
 from ivlens.common.tables import table_html
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
-from ivlens.running.positions import Injection
+from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
+from ivlens.steering.gate import Gate
 from ivlens.tasks.prompts import Prompt
 from ivlens.vectors.vector import InstructionVector
 
@@ -53,11 +54,13 @@ def generate(
     model: Any,
     prompts: str | Prompt | Sequence[str | Prompt],
     *,
-    vector: InstructionVector | Tensor | None = None,
+    vector: InstructionVector | Tensor | Sequence[InstructionVector] | None = None,
     layer: int | None = None,
     scale: float | None = None,
-    positions: str = "last",
+    positions: str | None = None,
     mode: str = "sum",
+    how: str | None = None,
+    when: Gate | None = None,
     max_new_tokens: int = 10,
     stop: str | None = "\n",
     batch_size: int = 64,
@@ -66,7 +69,7 @@ def generate(
 
     Parameters
     ----------
-    vector, layer, scale, positions, mode
+    vector, layer, scale, positions, mode, how, when
         As in `inject`. Without a vector there is one column.
     stop
         Text that ends a continuation (after something has been said); None for none but the end-of-text token.
@@ -80,10 +83,10 @@ def generate(
     rows = tokenize(backend, prompts)
     injections: dict[str, Injection | None] = {"no vector": None}
     if vector is not None:
-        options: dict[str, Any] = {"layer": layer, "positions": positions, "mode": mode}
+        options: dict[str, Any] = {"layer": layer, "positions": positions, "mode": mode, "how": how, "when": when}
         plus = Injection.of(backend, vector, scale=scale, **options)
         injections["+ vector"] = plus
-        injections["− vector"] = Injection({k: -v for k, v in plus.additions.items()}, positions)
+        injections["− vector"] = -plus
     done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
     shown = [p if isinstance(p, str) else p.render(backend.tokenizer) for p in prompts]
     return Generations(shown, {name: c.texts for name, c in done.items()})

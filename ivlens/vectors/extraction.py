@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,12 +15,15 @@ from ivlens import __version__
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.patching.heads import head_outputs
+from ivlens.patching.heads import read_heads
+from ivlens.tasks.counterfactuals import counterfactual
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
 from ivlens.vectors.vector import RESIDUAL, InstructionVector
 
-__all__ = ["extract_vector", "vector_from_heads"]
+__all__ = ["WAYS", "extract_vector", "vector_from_heads"]
+
+WAYS = ("heads", "difference", "residual")
 
 
 @torch.no_grad()
@@ -57,9 +61,7 @@ def vector_from_heads(
         "unit": RESIDUAL,
         **({"norm_scales": normed} if normed else {}),
         **metadata,
-        "ivlens": __version__,
-        "transformer_lens": version("transformer-lens"),
-        "torch": torch.__version__,
+        **_versions(),
     }
     return InstructionVector(shares.sum(0), heads, shares, metadata=about)
 
@@ -67,8 +69,10 @@ def vector_from_heads(
 def extract_vector(
     model: Any,
     task: Task | Sequence[Prompt],
-    heads: Sequence[Head | tuple[int, int]] | HeadEffects,
+    heads: Sequence[Head | tuple[int, int]] | HeadEffects | None = None,
     *,
+    way: str = "heads",
+    layer: int | None = None,
     shots: int = 10,
     instruction: bool | str | int = False,
     style: str = "qa",
@@ -86,12 +90,22 @@ def extract_vector(
     task
         A task (training split), or your own list of `Prompt`.
     heads
-        The instruction heads, or `HeadEffects` to take its ten best.
+        The instruction heads, or `HeadEffects` to take its ten best. None for `way="residual"`.
+    way
+        `heads`: the paper's. `difference`: the same, minus that of the same queries without instruction and demonstrations (our
+        choice). `residual`: the difference of mean residual streams after `layer`, with minus without (arXiv 2410.12877 §3).
+    layer
+        Where a residual difference is taken, and injected.
     shots, instruction, style, template
         How the prompts look; see `build_prompts`.
     n_prompts
         How many prompts the mean is taken over.
     """
+    if way not in WAYS:
+        raise ValueError(f"way={way!r} is unknown; choose one of {', '.join(WAYS)}")
+    if (heads is None) != (way == "residual") or (layer is None) == (way == "residual"):
+        needs = "layer=, and no heads" if way == "residual" else "heads, such as effects.top(10), and no layer"
+        raise ValueError(f"way={way!r} needs {needs}")
     heads = heads.top(10) if isinstance(heads, HeadEffects) else heads
     if isinstance(task, Task):
         look: dict[str, Any] = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
@@ -101,5 +115,27 @@ def extract_vector(
     else:
         prompts = list(task)
         about = {"n_prompts": len(prompts), "task": prompts[0].task if prompts else ""}
-    outputs = head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
-    return vector_from_heads(model, outputs, heads, only_correct=only_correct, **about)
+    about |= {"only_correct": only_correct, "way": way}
+    if prompts and prompts[0].query.check:
+        about["positions"] = "generated"  # the form of an answer is decided all along it
+    options: dict[str, Any] = {"resid": True, "batch_size": batch_size, "progress": progress}
+    read = read_heads(model, prompts, only_correct=only_correct, **options)
+    bare = None if way == "heads" else read_heads(model, counterfactual(prompts, "no_instruction"), **options)
+    if way == "residual":
+        backend = backend_of(model)
+        layer = backend.check_layer(layer)
+        about |= {"model": backend.name, "signature": backend.signature, "unit": RESIDUAL, **_versions()}
+        vector = InstructionVector(read.resid[:, layer].mean(0) - bare.resid[:, layer].mean(0), layer=layer)
+    else:
+        vector = vector_from_heads(model, read.z, heads, **about)
+        if bare is not None:
+            vector, about = vector - vector_from_heads(model, bare.z, heads, **about), vector.metadata
+        else:
+            about = vector.metadata
+    unit = vector.vector / vector.norm() if vector.norm() else vector.vector
+    projections = (read.resid.mean(0) @ unit).tolist()  # by layer, for how="set"
+    return replace(vector, metadata={**about, "projections": projections})
+
+
+def _versions() -> dict[str, str]:
+    return {"ivlens": __version__, "transformer_lens": version("transformer-lens"), "torch": torch.__version__}

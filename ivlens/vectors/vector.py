@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
-from ivlens.running.positions import Injection, injected
+from ivlens.running.injection import Injection
+from ivlens.running.positions import injected
 from ivlens.vectors.files import FILE, describe, read_vector, write_vector
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class InstructionVector:
                 for head, share in zip(v.heads, v.shares):
                     shares[head] = shares[head] + share if head in shares else share
         heads = tuple(sorted(shares))
-        metadata = {k: v for k, v in self.metadata.items() if k in other.metadata and other.metadata[k] == v}
+        metadata = {k: v for k, v in self.metadata.items() if k != "projections" and other.metadata.get(k) == v}
         return InstructionVector(
             self.vector + other.vector,
             heads,
@@ -161,7 +162,10 @@ class InstructionVector:
         if not isinstance(factor, (int, float)):
             return NotImplemented
         shares = None if self.shares is None else self.shares * factor
-        return replace(self, vector=self.vector * factor, shares=shares)
+        kept = {
+            k: v for k, v in self.metadata.items() if factor > 0 or k != "projections"
+        }  # these are on its direction
+        return replace(self, vector=self.vector * factor, shares=shares, metadata=kept)
 
     __rmul__ = __mul__
 
@@ -181,11 +185,13 @@ class InstructionVector:
         *,
         layer: int | None = None,
         scale: float | None = None,
-        positions: str | Tensor = "last",
+        positions: str | Tensor | None = None,
         mode: str = "sum",
+        how: str | None = None,
+        when: Any = None,
     ) -> AbstractContextManager:
         """Inject (or, with a negative scale, subtract) the vector while the context lasts; see `steering.inject`."""
-        options = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
+        options = {"layer": layer, "scale": scale, "positions": positions, "mode": mode, "how": how, "when": when}
         return injected(model, Injection.of(backend_of(model), self, **options))
 
     def plot(self) -> go.Figure:

@@ -1,0 +1,105 @@
+"""A model's own answers that pass their check, where no gold answer exists: greedy ones, and samples where these fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ivlens.common.keys import key
+from ivlens.common.storage import read_json, write_json
+from ivlens.models.backend import Backend
+from ivlens.running.decoding import complete
+from ivlens.running.tokens import tokenize
+from ivlens.tasks.checks import check_source, passes
+from ivlens.tasks.prompts import Prompt, common_stop
+
+__all__ = ["OwnAnswers", "own_answers"]
+
+
+@dataclass(frozen=True)
+class OwnAnswers:
+    """Prompts whose answer is the model's own, and how many answers it took: of `asked` prompts, `tried` in all."""
+
+    prompts: list[Prompt]
+    asked: int
+    tried: int
+
+    def __repr__(self) -> str:
+        return f"OwnAnswers({len(self.prompts)} of {self.asked} prompts, {self.tried} answers tried)"
+
+
+def own_answers(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    *,
+    tries: int = 4,
+    temperature: float = 0.7,
+    max_new_tokens: int = 40,
+    batch_size: int = 64,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> OwnAnswers:
+    """The model's first answer to each prompt that passes its check (rejection sampling; our choice).
+
+    Parameters
+    ----------
+    tries
+        Answers per prompt: the greedy one, then samples.
+    folder
+        Where to keep them.
+
+    Raises
+    ------
+    ValueError
+        If no answer passes.
+    """
+    checks = sorted({prompt.query.check for prompt in prompts if prompt.query.check})
+    about = key(backend.model, prompts, [check_source(x) for x in checks], tries, temperature, max_new_tokens, seed)
+    path = None if folder is None else Path(folder) / f"answers-{about}.json"
+    if path is not None and path.exists():
+        texts, tried = read_json(path, "own answers")["texts"], read_json(path, "own answers")["tried"]
+    else:
+        texts, tried = _sampled(backend, prompts, tries, temperature, max_new_tokens, batch_size, seed)
+        if path is not None:
+            write_json(path, "own answers", {"texts": texts, "tried": tried})
+    kept = [
+        replace(p, query=replace(p.query, output=text))
+        for p, text in zip(prompts, texts, strict=True)
+        if text is not None
+    ]
+    if not kept:
+        raise ValueError(
+            f"none of {tried} answers to {len(prompts)} prompts of task {prompts[0].task!r} meets its check ({', '.join(checks)}): word "
+            "the instruction otherwise, show demonstrations (shots=), or raise tries= or max_new_tokens="
+        )
+    return OwnAnswers(kept, len(prompts), tried)
+
+
+def _sampled(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    tries: int,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[list[str | None], int]:
+    rows, stop = (
+        tokenize(backend, [replace(p, query=replace(p.query, output="")) for p in prompts]),
+        common_stop(prompts),
+    )
+    texts: list[str | None] = [None] * len(prompts)
+    tried = 0
+    for attempt in range(tries):
+        left = [i for i, text in enumerate(texts) if text is None]
+        if not left:
+            break
+        options = {"max_new_tokens": max_new_tokens, "stop": stop, "batch_size": batch_size, "seed": seed + attempt}
+        some = [rows[i] for i in left]
+        written = complete(backend, some, {0: None}, temperature=temperature if attempt else 0.0, **options)[0].texts
+        tried += len(left)
+        for i, text in zip(left, written):
+            if passes(prompts[i].query.check, text):
+                texts[i] = text.rstrip()
+    return texts, tried

@@ -1,0 +1,137 @@
+"""Gates: a direction and a threshold that let a vector act only on prompts that want it (arXiv 2409.05907)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.models.backends import backend_of
+from ivlens.running.reading import read_prompts
+from ivlens.running.tokens import TokenizedPrompt, tokenize
+from ivlens.tasks.prompts import Prompt
+
+__all__ = ["Gate", "fit_gate"]
+
+KIND = "gate"
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Opens where cos(r − r̄, c) > τ, with r the residual stream after `layer` at a prompt's last token.
+
+    Attributes
+    ----------
+    direction
+        c, [d_model]: the mean of prompts that want the vector minus that of prompts that don't.
+    center
+        r̄, [d_model]: halfway between these means.
+    threshold
+        τ, −1 to 1.
+    metadata
+        How it does on the prompts that chose it: `f1`, `n`.
+    """
+
+    direction: Float[Tensor, " d_model"]
+    center: Float[Tensor, " d_model"]
+    layer: int
+    threshold: float
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def scores(self, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+        """The cosine of each row with the direction."""
+        away = resid.float() - self.center.to(resid.device).float()
+        return torch.nn.functional.cosine_similarity(away, self.direction.to(resid.device).float()[None], dim=-1)
+
+    def opens(self, resid: Float[Tensor, "row d_model"]) -> Bool[Tensor, " row"]:
+        """For which rows it opens."""
+        return self.scores(resid) > self.threshold
+
+    def on(self, model: Any, prompts: Sequence[Prompt | str]) -> list[bool]:
+        """For which prompts it opens."""
+        return self.opens(_residuals(model, prompts)[:, self.layer]).tolist()
+
+    def save(self, path: str | Path) -> Path:
+        """Save to one `.safetensors` file."""
+        about = {"kind": KIND, "layer": self.layer, "threshold": self.threshold, "metadata": self.metadata}
+        return write_tensors(path, {"direction": self.direction, "center": self.center}, about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Gate:
+        """Load what `save` wrote."""
+        tensors, about = read_tensors(path, kind=KIND)
+        return cls(**tensors, **{k: about[k] for k in ("layer", "threshold", "metadata")})
+
+    def __repr__(self) -> str:
+        f1 = f", F1 {self.metadata['f1']:.2f} on {self.metadata['n']} prompts" if "f1" in self.metadata else ""
+        return f"Gate(layer {self.layer}, cos > {self.threshold:.2f}{f1})"
+
+
+@torch.no_grad()
+def fit_gate(
+    model: Any,
+    wanted: Sequence[Prompt | str],
+    unwanted: Sequence[Prompt | str],
+    *,
+    valid: tuple[Sequence[Prompt | str], Sequence[Prompt | str]],
+    layers: Sequence[int] | None = None,
+) -> Gate:
+    """Direction from the prompts given, layer and threshold by F1 on validation prompts (arXiv 2409.05907 §3.2).
+
+    Parameters
+    ----------
+    wanted, unwanted
+        Prompts that the vector should act on, and prompts that it should leave alone.
+    valid
+        Both kinds again, from the validation split.
+    layers
+        Which layers to try; default all. A gate must not be read after the layer that its vector acts at.
+
+    Raises
+    ------
+    ValueError
+        If one of the four lists is empty, or the means of both kinds are the same.
+    """
+    backend = backend_of(model)
+    for name, prompts in (("wanted", wanted), ("unwanted", unwanted), ("valid", valid[0]), ("valid", valid[1])):
+        if not len(prompts):
+            raise ValueError(
+                f"{name} holds no prompts; a gate needs prompts of both kinds: those it opens for, and others"
+            )
+    layers = range(backend.n_layers) if layers is None else [backend.check_layer(x) for x in layers]
+    yes, no, valid_yes, valid_no = (_residuals(model, x) for x in (wanted, unwanted, *valid))
+    found = []
+    for layer in layers:
+        direction = yes[:, layer].mean(0) - no[:, layer].mean(0)
+        if not direction.norm() > 0:
+            continue
+        gate = Gate(direction, (yes[:, layer].mean(0) + no[:, layer].mean(0)) / 2, layer, 0.0)
+        f1, threshold = _threshold(gate.scores(valid_yes[:, layer]), gate.scores(valid_no[:, layer]))
+        found.append((f1, -layer, gate, threshold))
+    if not found:
+        raise ValueError("prompts that want the vector and those that don't look the same to the model; give others")
+    f1, _, best, threshold = max(found, key=lambda x: x[:2])
+    about = {"f1": f1, "n": len(valid_yes) + len(valid_no), "model": backend.name}
+    return Gate(best.direction, best.center, best.layer, threshold, about)
+
+
+def _threshold(yes: Tensor, no: Tensor) -> tuple[float, float]:
+    """The best F1, and the threshold for it: in the middle of the gap between two scores."""
+    scores = torch.cat([yes, no]).sort().values
+    cuts = torch.cat([scores[:1] - 1e-3, (scores[1:] + scores[:-1]) / 2])
+    hits, false = (yes > cuts[:, None]).sum(1), (no > cuts[:, None]).sum(1)
+    f1 = 2 * hits / (len(yes) + hits + false)
+    best = torch.nonzero(f1 == f1.max())[:, 0]
+    chosen = best[len(best) // 2]
+    return f1[chosen].item(), cuts[chosen].item()
+
+
+def _residuals(model: Any, prompts: Sequence[Prompt | str]) -> Float[Tensor, "prompt layer d_model"]:
+    backend = backend_of(model)
+    return read_prompts(backend, [TokenizedPrompt(x.prompt) for x in tokenize(backend, prompts)], resid=True).resid
