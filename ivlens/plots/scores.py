@@ -53,13 +53,14 @@ def plot_search(search: InjectionSearch) -> go.Figure:
     return finish(figure, title, notes, **size, right=96, extra_top=20)
 
 
-def plot_evaluation(evaluation: Evaluation, metric: str = "first_token") -> go.Figure:
+def plot_evaluation(evaluation: Evaluation, metric: str | None = None) -> go.Figure:
     """Bars per task, one colour per condition, with 95 % intervals; many tasks go into several rows."""
+    metric = metric or evaluation.metrics[0]
     if metric not in evaluation.metrics:
         raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(evaluation.metrics)}")
     frame = evaluation.to_dataframe()
     frame = frame[frame["metric"] == metric]
-    share = metric in ("first_token", "exact_match")
+    share = metric in ("first_token", "exact_match", "met", "met_loose")
     figure, size = task_bars(frame, evaluation.task_names, evaluation.conditions, unit(metric), share=share)
     notes = [f"mean and 95% interval · {span(frame['n'])} prompts per bar"]
     if (shots := evaluation.metadata.get("shots")) is not None:

@@ -20,6 +20,7 @@ from ivlens.running.decoding import complete
 from ivlens.running.injection import Injection
 from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import room_for, tokenize
+from ivlens.steering.compliance import Reference, balance, score_free
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.suite import as_suite
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTROLS", "METRICS", "Evaluation", "evaluate"]
 
-METRICS = ("first_token", "exact_match", "rouge_l", "probability")
-BINARY = ("first_token", "exact_match")
-BASELINE = "no vector"
+GOLD = ("first_token", "exact_match", "rouge_l", "probability")
+FREE = ("met", "met_loose", "topic", "surprise")
+METRICS = (*GOLD, *FREE)
+BINARY = ("first_token", "exact_match", "met", "met_loose")
+BASELINE = "no vector"  # nor, where answers are free, an instruction
 Condition = tuple[str, int]  # its name, and which draw of a random control
 
 
@@ -75,6 +78,8 @@ class Evaluation:
         for (task, condition), part in self.scores.groupby(["task", "condition"], sort=False):
             for metric in self.metrics:
                 of_prompts = part.groupby(["prompt", "query"], sort=False)[metric].mean()  # over draws
+                if of_prompts.isna().all():  # of another kind of task
+                    continue
                 values, asked = of_prompts.to_numpy(float), of_prompts.index.get_level_values("query").tolist()
                 hits = metric in BINARY and len(values) == len(part)
                 low, high = wilson(values, asked) if hits else bootstrap_mean([values], [asked])
@@ -82,8 +87,19 @@ class Evaluation:
                 rows.append({**row, "low": low, "high": high, "n": len(set(asked))})
         return pd.DataFrame(rows)
 
-    def gains(self, metric: str = "first_token") -> pd.DataFrame:
+    def balance(self) -> pd.DataFrame:
+        """Of free answers, one row per task and condition: the constraint met, on topic and fluent (shares of what told answers
+        reach, at most 1), their harmonic mean, and perplexity; see `compliance`."""
+        means = self.scores.groupby(["task", "condition"], sort=False)[list(FREE)].mean()
+        rows = []
+        for (task, condition), of in means.iterrows():
+            shares = balance(of, means.loc[task, "told"])
+            rows.append({"task": task, "condition": condition, **shares, "perplexity": math.exp(of["surprise"])})
+        return pd.DataFrame(rows)
+
+    def gains(self, metric: str | None = None) -> pd.DataFrame:
         """Each condition minus no vector, prompt by prompt, per task and on average (95 % paired bootstrap over queries)."""
+        metric = metric or self.metrics[0]
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
         prompts = ["task", "prompt", "query"]
@@ -108,8 +124,8 @@ class Evaluation:
                 rows.append({"task": name, "condition": condition, "gain": mean, "low": low, "high": high, "n": n})
         return pd.DataFrame(rows)
 
-    def plot(self, metric: str = "first_token") -> go.Figure:
-        """Bars per task: every condition with its interval."""
+    def plot(self, metric: str | None = None) -> go.Figure:
+        """Bars per task: every condition with its interval; by default of the first metric."""
         from ivlens.plots import plot_evaluation
 
         return plot_evaluation(self, metric)
@@ -126,7 +142,9 @@ class Evaluation:
 
     def _table(self) -> pd.DataFrame:
         frame = self.to_dataframe()
-        frame["shown"] = [f"{x.mean:.1%} [{x.low:.1%}, {x.high:.1%}]" for x in frame.itertuples()]
+        forms = {metric: "{:.2f}" if metric in ("topic", "surprise") else "{:.1%}" for metric in self.metrics}
+        shown = [[forms[x.metric].format(y) for y in (x.mean, x.low, x.high)] for x in frame.itertuples()]
+        frame["shown"] = [f"{mean} [{low}, {high}]" for mean, low, high in shown]
         rows = ["task", "condition"]
         return frame.pivot_table("shown", rows, "metric", aggfunc="first", sort=False)[self.metrics]
 
@@ -150,13 +168,16 @@ def evaluate(
     n_prompts: int | None = None,
     layer: int | None = None,
     scale: float | None = None,
-    positions: str = "last",
+    positions: str | None = None,
     mode: str = "sum",
+    how: str | None = None,
     template: Mapping[str, Any] | None = None,
     controls: Sequence[str] = CONTROLS,
     draws: int = 2,
     reference_shots: int | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
+    max_new_tokens: int = 40,
+    reference: Any = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -177,7 +198,18 @@ def evaluate(
         Also score prompts with this many demonstrations and no vector.
     metrics
         `first_token` (the answer's first token is ranked first), `exact_match` and `rouge_l` (F1) of the greedily generated
-        answer, `probability` of the whole answer.
+        answer, `probability` of the whole answer. Of free answers always `met` and `met_loose` (the constraint), `topic` and
+        `surprise` (nats per token; see `compliance`).
+    max_new_tokens
+        How long free answers may be.
+    reference
+        Of free answers: the model whose answers are the content, and which is surprised; None for the model itself.
+
+    Notes
+    -----
+    Tasks with a check are asked without and with their instruction, whatever `instruction` says: `no vector` is the bare question,
+    `told` with it, `vector` and its controls act on bare questions, `told + vector`, `told − vector` and `told − random vector` on
+    told ones.
 
     Raises
     ------
@@ -186,7 +218,7 @@ def evaluate(
     """
     suite = as_suite(tasks)
     backend = backend_of(model)
-    for what, given, known in (("metric", metrics, METRICS), ("control", controls, CONTROLS)):
+    for what, given, known in (("metric", metrics or (), GOLD), ("control", controls, CONTROLS)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"{what} {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     if isinstance(vectors, InstructionVector):
@@ -194,7 +226,8 @@ def evaluate(
     if vectors is not None and (missing := [name for name in suite if name not in vectors]):
         raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
     look = {"instruction": instruction, "style": style, "split": split, "template": template, "seed": seed}
-    options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode}
+    options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode, "how": how}
+    lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(suite), desc="evaluating", disable=not progress) as bar:
         for task in suite.values():
@@ -204,12 +237,19 @@ def evaluate(
                 drawn = with_controls(model, task, vectors, controls, mode=mode, draws=draws, seed=seed)
                 for name, some in drawn.items():
                     conditions |= {(name, i): Injection.of(backend, v, **options) for i, v in enumerate(some)}
+            if task.is_checked:
+                again = {**look, "shots": shots, "n": n_prompts}
+                asked = [build_prompts(task, **{**again, "instruction": told}) for told in (False, instruction or True)]
+                judge = Reference(backend_of(reference or model), asked[0], **lengths)
+                rows += score_free(backend, task.name, asked, conditions, judge, lengths)
+                bar.update()
+                continue
             asked = [(shots, conditions)]
             if reference_shots is not None:
                 asked.append((reference_shots, {(f"{reference_shots} demonstrations", 0): None}))
             for n_shots, some in asked:
                 prompts = build_prompts(task, n=n_prompts, shots=n_shots, **look)
-                rows += _score(backend, task, prompts, some, metrics, batch_size)
+                rows += _score(backend, task, prompts, some, metrics or GOLD, batch_size)
             bar.update()
     return Evaluation(pd.DataFrame(rows), {"model": backend.name, "shots": shots, **look, **options})
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ivlens.models.backends import backend_of
 from ivlens.patching.residual import Edit, edit_effects
+from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
+from ivlens.steering.compliance import Reference, balance, written
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.task import Task
@@ -28,6 +31,8 @@ __all__ = ["InjectionSearch", "tune_injection"]
 @dataclass(frozen=True)
 class InjectionSearch:
     """Accuracy (greedy decoding gives the answer) for every layer and scale, with the vector and with a random one of the same norm.
+
+    Of free answers, in accuracy's place, the harmonic mean of constraint met, on topic and fluent; the random one at the best only.
 
     Attributes
     ----------
@@ -47,6 +52,7 @@ class InjectionSearch:
     scales: tuple[float, ...]
     n: int
     goal: str = "induce"
+    candidates: tuple[InstructionVector, ...] = ()  # one for each layer, where vectors are made for one
 
     @property
     def best(self) -> InstructionVector:
@@ -54,7 +60,8 @@ class InjectionSearch:
         score = self.accuracy if self.goal == "induce" else self.control - self.accuracy
         places = product(range(len(self.layers)), range(len(self.scales)))
         layer, scale = min(places, key=lambda at: (-round(score[at].item(), 6), abs(self.scales[at[1]]), at[0]))
-        return replace(self.vector, layer=self.layers[layer], scale=self.scales[scale])
+        vector = self.candidates[layer] if self.candidates else self.vector
+        return replace(vector, layer=self.layers[layer], scale=self.scales[scale])
 
     def plot(self) -> go.Figure:
         """Heatmap, scale × layer."""
@@ -74,7 +81,7 @@ class InjectionSearch:
 def tune_injection(
     model: Any,
     task: Task,
-    vector: InstructionVector,
+    vector: InstructionVector | Sequence[InstructionVector],
     *,
     layers: Sequence[int] | None = None,
     scales: Sequence[float] | None = None,
@@ -87,20 +94,34 @@ def tune_injection(
     split: str = "valid",
     method: str = "auto",
     max_rows: int | None = None,
+    positions: str | None = None,
+    how: str | None = None,
+    max_new_tokens: int = 40,
+    batch_size: int = 256,
     seed: int = 0,
 ) -> InjectionSearch:
     """Try every layer and scale on validation prompts; all of them in one replay of each prompt's last token.
 
+    Where answers are free they are written, for every layer and scale, and the harmonic mean of `Evaluation.balance` decides.
+
     Parameters
     ----------
+    vector
+        One, or several of which each is tried at its own layer (residual differences).
     layers, scales
-        Default: every layer; 0.5 to 4 times what the heads write (negative for `goal="suppress"`). A warning says where the best
-        stands at the edge, or is no better than no vector or a random one.
+        Default: every layer; 0.5 to 4 times what the heads write (negative for `goal="suppress"`). Of free answers: five layers in
+        the middle third; 0.5 to 2 times. A warning says where the best stands at the edge, or is no better than no vector or a
+        random one.
     goal
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
     shots, instruction, style, template
         How the prompts look; see `build_prompts`.
+    positions, how, max_new_tokens
+        Of free answers: as in `inject`, and how long answers may be.
     """
+    if task.is_checked:
+        look = {"shots": shots, "style": style, "template": template, "seed": seed, "n": n_prompts, "split": split}
+        return _tune_free(model, task, vector, layers, scales, look, positions, how, max_new_tokens, batch_size)
     if goal not in ("induce", "suppress"):
         raise ValueError(f"goal={goal!r} is unknown; choose 'induce' or 'suppress'")
     backend = backend_of(model)
@@ -119,6 +140,58 @@ def tune_injection(
     search = InjectionSearch(vector, found[..., 0], found[..., 1], baseline.mean().item(), layers, scales, n, goal)
     _warn(search)
     return search
+
+
+def _tune_free(
+    model: Any,
+    task: Task,
+    vector: InstructionVector | Sequence[InstructionVector],
+    layers: Sequence[int] | None,
+    scales: Sequence[float] | None,
+    look: dict[str, Any],
+    positions: str | None,
+    how: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+) -> InjectionSearch:
+    backend = backend_of(model)
+    n_layers, several = backend.n_layers, not isinstance(vector, InstructionVector)
+    if layers is None:
+        layers = (
+            [v.layer for v in vector]
+            if several
+            else range(n_layers // 3, 2 * n_layers // 3 + 1, max(n_layers // 12, 1))
+        )
+    layers = tuple(backend.check_layer(x) for x in layers)
+    candidates = tuple(vector) if several else (vector,) * len(layers)
+    scales = (0.5, 0.75, 1.0, 1.5, 2.0) if scales is None else tuple(scales)
+    lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    bare, told = (build_prompts(task, instruction=told, **look) for told in (False, True))
+    judge = Reference(backend, bare, **lengths)
+    best_possible = _means(judge.scores(written(backend, told, {0: None}, **lengths)[0]))
+
+    def balanced(tries: Mapping[Any, tuple[InstructionVector, int, float]]) -> dict[Any, float]:
+        options = {"positions": positions, "how": how}
+        each = {
+            k: Injection.of(backend, v, layer=layer, scale=scale, **options) for k, (v, layer, scale) in tries.items()
+        }
+        texts = written(backend, bare, each, **lengths)
+        return {k: balance(_means(judge.scores(some)), best_possible)["balance"] for k, some in texts.items()}
+
+    tries = {(i, j): (v, layers[i], scale) for i, v in enumerate(candidates) for j, scale in enumerate(scales)}
+    found = torch.tensor(list(balanced(tries).values())).view(len(layers), len(scales))
+    nothing = balance(_means(judge.scores(judge.answers)), best_possible)["balance"]
+    control = torch.full(found.shape, torch.nan)
+    search = InjectionSearch(candidates[0], found, control, nothing, layers, scales, len(bare), "induce", candidates)
+    best = search.best
+    at = (layers.index(best.layer), scales.index(best.scale))
+    control[at] = balanced({0: (random_vector(best, seed=look["seed"]), best.layer, best.scale)})[0]
+    _warn(search)
+    return search
+
+
+def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}
 
 
 def _warn(search: InjectionSearch) -> None:

@@ -1,0 +1,130 @@
+"""Free answers scored without a judge: the constraint met, still on topic, fluent (the three things asked in arXiv 2501.17148)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ivlens.models.backend import Backend
+from ivlens.running.decoding import complete
+from ivlens.running.injection import Injection
+from ivlens.running.tokens import TokenizedPrompt, tokenize
+from ivlens.tasks.checks import passes
+from ivlens.tasks.prompts import Prompt
+from ivlens.tasks.task import same_input
+
+__all__ = ["Reference", "balance", "score_free", "written"]
+
+Condition = tuple[str, int]  # its name, and which draw of a random control
+
+
+class Reference:
+    """The unsteered model, its answers to the bare questions, and what it says of others' answers to them.
+
+    Parameters
+    ----------
+    bare
+        The questions without instruction.
+    """
+
+    def __init__(self, backend: Backend, bare: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 64):
+        self.backend, self.bare, self.batch_size = backend, bare, batch_size
+        self.answers = written(backend, bare, {0: None}, max_new_tokens=max_new_tokens, batch_size=batch_size)[0]
+
+    def scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """Of one answer per question: `met` and `met_loose` (0 or 1), `topic` and `surprise` (nats per token).
+
+        `topic`: how much likelier this answer, rather than the one to the next question, makes the unsteered answer that it stands
+        before; 0 where answers say nothing of their questions. ROUGE-L told right from wrong questions less well, above all
+        between languages. `surprise`: minus the log-probability that the unsteered model gives it after the bare question;
+        its exponential is the perplexity.
+        """
+        topic = self._likelihood(texts) - self._likelihood([*texts[1:], *texts[:1]])
+        rows = []
+        for prompt, text, on_topic, surprise in zip(self.bare, texts, topic, self._surprise(texts)):
+            met = {
+                f"met{'_loose' * loose}": float(passes(prompt.query.check, text, loose=loose))
+                for loose in (False, True)
+            }
+            rows.append({**met, "topic": float(on_topic), "surprise": float(surprise)})
+        return rows
+
+    def _likelihood(self, texts: Sequence[str]) -> np.ndarray:
+        """Log-probability per token of the unsteered answers, each after the text given."""
+        found = np.zeros(len(texts))
+        some = [i for i, answer in enumerate(self.answers) if answer.strip()]
+        if some:
+            before, after = [f"{texts[i].strip()}\n\n" for i in some], [self.answers[i] for i in some]
+            found[some] = self._per_token(tokenize(self.backend, before, after))
+        return found
+
+    def _surprise(self, texts: Sequence[str]) -> np.ndarray:
+        rows = [TokenizedPrompt(row.prompt) for row in tokenize(self.backend, self.bare)]
+        answers = [
+            tokenize(self.backend, [torch.tensor(row.prompt)], [text])[0].answer
+            if text.strip()
+            else self.backend.end_tokens[:1]
+            for row, text in zip(rows, texts)
+        ]
+        return -self._per_token([TokenizedPrompt(row.prompt, tuple(a)) for row, a in zip(rows, answers)])
+
+    def _per_token(self, rows: Sequence[TokenizedPrompt]) -> np.ndarray:
+        done = complete(self.backend, rows, {0: None}, batch_size=self.batch_size)[0]
+        return np.array(done.log_probability) / [max(len(row.answer), 1) for row in rows]
+
+
+def written(
+    backend: Backend,
+    prompts: Sequence[Prompt],
+    injections: Mapping[Hashable, Injection | None],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> dict[Hashable, list[str]]:
+    """Free answers under every injection."""
+    rows = [TokenizedPrompt(row.prompt) for row in tokenize(backend, prompts)]
+    done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=None, batch_size=batch_size)
+    return {name: [text.strip() for text in result.texts] for name, result in done.items()}
+
+
+def balance(scores: Mapping[str, float], told: Mapping[str, float]) -> dict[str, float]:
+    """Means of a condition's scores beside those of told answers: each between 0 and 1, and their harmonic mean.
+
+    `met` as it is; `on_topic`, the share of the told answers' topic; `fluent`, the told answers' perplexity over this one's.
+    """
+    on_topic = min(max(scores["topic"] / told["topic"], 0.0), 1.0) if told["topic"] > 0 else math.nan
+    fluent = min(math.exp(told["surprise"] - scores["surprise"]), 1.0)
+    parts = [scores["met"], fluent, *([on_topic] if on_topic == on_topic else [])]
+    mean = len(parts) / sum(1 / x for x in parts) if min(parts) > 0 else 0.0
+    return {"met": scores["met"], "on_topic": on_topic, "fluent": fluent, "balance": mean}
+
+
+def score_free(
+    backend: Backend,
+    task: str,
+    asked: Sequence[Sequence[Prompt]],
+    conditions: Mapping[Condition, Injection | None],
+    judge: Reference,
+    lengths: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Scores of bare questions under each condition, and of told ones with the vector added and subtracted."""
+    told: dict[Condition, Injection | None] = {("told", 0): None}
+    for (name, draw), injection in conditions.items():
+        if name == "vector":
+            told |= {("told + vector", draw): injection, ("told − vector", draw): -injection}
+        elif name == "random vector":
+            told[("told − random vector", draw)] = -injection
+    rows = []
+    for prompts, some in zip(asked, (conditions, told)):
+        for (condition, draw), texts in written(backend, prompts, some, **lengths).items():
+            for i, (prompt, text, scores) in enumerate(zip(prompts, texts, judge.scores(texts))):
+                row = {"task": task, "condition": condition, "draw": draw, "prompt": i, **scores}
+                query = prompt.query
+                rows.append(
+                    row | {"query": same_input(query), "input": query.input, "answer": judge.answers[i], "text": text}
+                )
+    return rows
