@@ -17,12 +17,12 @@ from ivlens.tasks.checks import passes
 from ivlens.tasks.prompts import Prompt
 from ivlens.tasks.task import same_input
 
-__all__ = ["Reference", "balance", "score_free", "written"]
+__all__ = ["Unsteered", "balance", "score_free", "written"]
 
 Condition = tuple[str, int]  # its name, and which draw of a random control
 
 
-class Reference:
+class Unsteered:
     """The unsteered model, its answers to the bare questions, and what it says of others' answers to them.
 
     Parameters
@@ -108,7 +108,7 @@ def score_free(
     task: str,
     asked: Sequence[Sequence[Prompt]],
     conditions: Mapping[Condition, Injection | None],
-    judge: Reference,
+    unsteered: Unsteered,
     lengths: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """Scores of bare questions under each condition, and of told ones with the vector added and subtracted."""
@@ -121,10 +121,11 @@ def score_free(
     rows = []
     for prompts, some in zip(asked, (conditions, told)):
         for (condition, draw), texts in written(backend, prompts, some, **lengths).items():
-            for i, (prompt, text, scores) in enumerate(zip(prompts, texts, judge.scores(texts))):
+            for i, (prompt, text, scores) in enumerate(zip(prompts, texts, unsteered.scores(texts))):
                 row = {"task": task, "condition": condition, "draw": draw, "prompt": i, **scores}
                 query = prompt.query
                 rows.append(
-                    row | {"query": same_input(query), "input": query.input, "answer": judge.answers[i], "text": text}
+                    row
+                    | {"query": same_input(query), "input": query.input, "answer": unsteered.answers[i], "text": text}
                 )
     return rows

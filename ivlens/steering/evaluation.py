@@ -20,7 +20,7 @@ from ivlens.running.decoding import complete
 from ivlens.running.injection import Injection
 from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import room_for, tokenize
-from ivlens.steering.compliance import Reference, balance, score_free
+from ivlens.steering.compliance import Unsteered, balance, score_free
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.suite import as_suite
@@ -240,8 +240,8 @@ def evaluate(
             if task.is_checked:
                 again = {**look, "shots": shots, "n": n_prompts}
                 asked = [build_prompts(task, **{**again, "instruction": told}) for told in (False, instruction or True)]
-                judge = Reference(backend_of(reference or model), asked[0], **lengths)
-                rows += score_free(backend, task.name, asked, conditions, judge, lengths)
+                unsteered = Unsteered(backend_of(reference or model), asked[0], **lengths)
+                rows += score_free(backend, task.name, asked, conditions, unsteered, lengths)
                 bar.update()
                 continue
             asked = [(shots, conditions)]

@@ -16,7 +16,7 @@ from ivlens.models.backends import backend_of
 from ivlens.patching.residual import Edit, edit_effects
 from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
-from ivlens.steering.compliance import Reference, balance, written
+from ivlens.steering.compliance import Unsteered, balance, written
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.task import Task
@@ -167,8 +167,8 @@ def _tune_free(
     scales = (0.5, 0.75, 1.0, 1.5, 2.0) if scales is None else tuple(scales)
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     bare, told = (build_prompts(task, instruction=told, **look) for told in (False, True))
-    judge = Reference(backend, bare, **lengths)
-    best_possible = _means(judge.scores(written(backend, told, {0: None}, **lengths)[0]))
+    unsteered = Unsteered(backend, bare, **lengths)
+    best_possible = _means(unsteered.scores(written(backend, told, {0: None}, **lengths)[0]))
 
     def balanced(tries: Mapping[Any, tuple[InstructionVector, int, float]]) -> dict[Any, float]:
         options = {"positions": positions, "how": how}
@@ -176,11 +176,11 @@ def _tune_free(
             k: Injection.of(backend, v, layer=layer, scale=scale, **options) for k, (v, layer, scale) in tries.items()
         }
         texts = written(backend, bare, each, **lengths)
-        return {k: balance(_means(judge.scores(some)), best_possible)["balance"] for k, some in texts.items()}
+        return {k: balance(_means(unsteered.scores(some)), best_possible)["balance"] for k, some in texts.items()}
 
     tries = {(i, j): (v, layers[i], scale) for i, v in enumerate(candidates) for j, scale in enumerate(scales)}
     found = torch.tensor(list(balanced(tries).values())).view(len(layers), len(scales))
-    nothing = balance(_means(judge.scores(judge.answers)), best_possible)["balance"]
+    nothing = balance(_means(unsteered.scores(unsteered.answers)), best_possible)["balance"]
     control = torch.full(found.shape, torch.nan)
     search = InjectionSearch(candidates[0], found, control, nothing, layers, scales, len(bare), "induce", candidates)
     best = search.best

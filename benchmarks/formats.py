@@ -1,0 +1,249 @@
+"""Format instructions on SmolLM2: which it follows, the heads that carry them, and what vectors do, beside their controls.
+
+    python benchmarks/formats.py [--out runs/formats] [--part compliance locate vectors steer gate pairs]
+
+Every piece is kept under a key of all it depends on, so that an interrupted run goes on. About two hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import ivlens as ivl
+from ivlens.common.keys import key
+from ivlens.common.statistics import wilson
+from ivlens.common.storage import read_json, write_json
+from ivlens.models.backends import backend_of
+from ivlens.patching.effects import HeadEffects
+from ivlens.steering.compliance import written
+from ivlens.steering.evaluation import Evaluation
+from ivlens.steering.gate import fit_gate
+from ivlens.tasks.checks import check_source, passes
+from ivlens.vectors.vector import InstructionVector
+
+PARTS = ("compliance", "locate", "vectors", "steer", "gate", "pairs")
+LOOK = {"style": "chat", "shots": 0, "instruction": True}
+LAYERS, SCALES = (12, 14, 16, 18, 20), (0.5, 0.75, 1.0, 1.5)
+N_HEADS, N_PROMPTS, N_MEAN, N_VALID, TOKENS = 6, 12, 24, 12, 40
+FOLLOWED, UNASKED = 0.6, 0.1  # told and untold compliance on the validation split of what counts as followed
+
+
+class Study:
+    def __init__(self, out: Path):
+        self.out, self.model = out, ivl.load_model()
+        self.tasks = ivl.load_tasks(group="formats")
+        self.backend = backend_of(self.model)
+
+    def kept(self, name: str, parts: list, work, load, save):
+        """What `work` gives, from its file if it was done before."""
+        path = self.out / f"{name}-{key(self.model, *parts)[:16]}"
+        if not path.exists():
+            save(work(), path)
+        return load(path)
+
+    def frame(self, name: str, parts: list, work) -> pd.DataFrame:
+        save = lambda x, path: write_json(path, name, x.to_dict("records"))  # noqa: E731
+        return self.kept(f"{name}.json", parts, work, lambda path: pd.DataFrame(read_json(path, name)), save)
+
+    # -- which are followed -----------------------------------------------------------------------------------------
+    def compliance(self, split: str) -> pd.DataFrame:
+        """Told and untold, strict and loose, with the answers."""
+        rows = []
+        bare = ivl.build_prompts(self.tasks["bullets"], style="chat", split=split)
+        untold = self._answers("untold", bare)
+        for task in self.tasks.values():
+            told = self._answers(task.name, ivl.build_prompts(task, split=split, **LOOK))
+            for prompt, a, b in zip(bare, untold, told):
+                met = {
+                    f"{w}_{k}": float(passes(task.check, x, loose=k == "loose"))
+                    for w, x in (("untold", a), ("told", b))
+                    for k in ("strict", "loose")
+                }
+                rows.append({"task": task.name, "input": prompt.query.input, **met, "text": b})
+        return pd.DataFrame(rows)
+
+    def _answers(self, name: str, prompts: list) -> list[str]:
+        work = lambda: pd.DataFrame({"text": written(self.backend, prompts, {0: None}, max_new_tokens=TOKENS)[0]})  # noqa: E731
+        return self.frame(f"answers-{name}", [prompts, TOKENS], work)["text"].tolist()
+
+    def followed(self) -> list[str]:
+        """By the validation split, which chooses; the test split reports."""
+        means = self.compliance("valid").groupby("task", sort=False)[["told_strict", "untold_strict"]].mean()
+        return means.index[(means["told_strict"] >= FOLLOWED) & (means["untold_strict"] <= UNASKED)].tolist()
+
+    # -- heads and vectors ------------------------------------------------------------------------------------------
+    def effects(self, name: str) -> HeadEffects:
+        task = self.tasks[name]
+        options = {**LOOK, "n_prompts": N_PROMPTS, "n_mean": N_MEAN}
+        work = lambda: ivl.locate_heads(self.model, task, progress=False, folder=self.out / "partial", **options)  # noqa: E731
+        parts = [task, options, check_source(task.check)]
+        return self.kept(f"effects-{name}.safetensors", parts, work, HeadEffects.load, lambda x, path: x.save(path))
+
+    def search(self, name: str, way: str, how: str) -> dict:
+        """Layer and scale on the validation split, and the vector with them."""
+        task, heads = self.tasks[name], self.effects(name).top(N_HEADS)
+        parts = [task, check_source(task.check), heads, way, how, LAYERS, SCALES, N_MEAN, N_VALID, TOKENS]
+
+        def work() -> dict:
+            options = {**LOOK, "n_prompts": N_MEAN, "way": way}
+            if way == "residual":
+                vector = [ivl.extract_vector(self.model, task, layer=layer, **options) for layer in LAYERS]
+            else:
+                vector = ivl.extract_vector(self.model, task, heads, **options)
+            scales = SCALES if how == "add" else (0.75, 1.0, 1.5)
+            about = {"layers": LAYERS, "scales": scales, "style": "chat", "n_prompts": N_VALID, "how": how}
+            search = ivl.tune_injection(self.model, task, vector, max_new_tokens=TOKENS, **about)
+            best = search.best
+            best.metadata["how"] = how
+            folder = self.out / f"vector-{name}-{way}-{how}"
+            best.save(folder)
+            return {
+                "balance": search.accuracy.max().item(),
+                "layer": best.layer,
+                "scale": best.scale,
+                "folder": folder.name,
+            }
+
+        load = lambda path: read_json(path, "search")  # noqa: E731
+        found = self.kept(
+            f"search-{name}-{way}-{how}.json", parts, work, load, lambda x, path: write_json(path, "search", x)
+        )
+        return {"task": name, "way": way, "how": how, **found}
+
+    def searches(self) -> pd.DataFrame:
+        ways = (("heads", "add"), ("difference", "add"), ("residual", "add"), ("residual", "set"))
+        rows = []
+        for name, (way, how) in itertools.product(self.followed(), ways):
+            rows.append(self.search(name, way, how))
+            print(rows[-1], flush=True)
+        return pd.DataFrame(rows)
+
+    def vector(self, row) -> InstructionVector:
+        return InstructionVector.load(self.out / row["folder"])
+
+    def chosen(self) -> dict[str, InstructionVector]:
+        """Per constraint the way that is best on the validation split."""
+        table = self.searches().sort_values("balance", ascending=False, kind="stable").drop_duplicates("task")
+        return {row["task"]: self.vector(row) for _, row in table.iterrows()}
+
+    # -- what they do -----------------------------------------------------------------------------------------------
+    def evaluation(
+        self, label: str, name: str, vectors: dict[str, InstructionVector], controls: tuple[str, ...]
+    ) -> Evaluation:
+        """Test questions and held-out wordings."""
+        task = self.tasks[name]
+        options = {"style": "chat", "controls": controls, "draws": 1, "max_new_tokens": TOKENS}
+        work = lambda: ivl.evaluate(self.model, task, vectors=vectors, progress=False, **options)  # noqa: E731
+        parts = [task, check_source(task.check), vectors, options]
+        path = f"evaluation-{label}-{name}.json"
+        return self.kept(path, parts, work, Evaluation.load, lambda x, path: x.save(path))
+
+    def gates(self) -> pd.DataFrame:
+        """A gate per constraint against questions untold and told of every other one."""
+        rows, names = [], self.followed()
+        for name in names:
+            sets = {}
+            for split in ("train", "valid", "test"):
+                yes = ivl.build_prompts(self.tasks[name], split=split, **LOOK)
+                others = [ivl.build_prompts(self.tasks[x], split=split, **LOOK) for x in self.tasks if x != name]
+                bare = ivl.build_prompts(self.tasks[name], split=split, style="chat")
+                sets[split] = yes, bare + [p for i, some in enumerate(others) for p in some[i % 6 :: 6]]
+
+            def work(sets=sets, name=name) -> pd.DataFrame:
+                gate = fit_gate(self.model, *sets["train"], valid=sets["valid"], layers=range(LAYERS[-1] + 1))
+                opened = [gate.on(self.model, prompts) for prompts in sets["test"]]
+                gate.save(self.out / f"gate-{name}.safetensors")
+                hits, false, n_yes, n_no = sum(opened[0]), sum(opened[1]), *map(len, opened)
+                row = {
+                    "task": name,
+                    "layer": gate.layer,
+                    "threshold": gate.threshold,
+                    "opens": hits / n_yes,
+                    "stays_shut": 1 - false / n_no,
+                }
+                low, high = wilson([*map(float, opened[0]), *(float(not x) for x in opened[1])])
+                right = (hits + n_no - false) / (n_yes + n_no)
+                f1 = 2 * hits / (2 * hits + false + n_yes - hits)
+                return pd.DataFrame([{**row, "f1": f1, "right": right, "low": low, "high": high, "n": n_yes + n_no}])
+
+            rows.append(self.frame(f"gate-{name}", [sets], work))
+        return pd.concat(rows)
+
+    def pairs(self) -> pd.DataFrame:
+        """Two vectors at once, beside told answers of both instructions."""
+        vectors, rows = self.chosen(), []
+        added = {name: v for name, v in vectors.items() if v.metadata.get("how", "add") == "add"}
+        for a, b in list(itertools.combinations(added, 2)):
+            if all(self.tasks[x].check.startswith("language") for x in (a, b)):
+                continue
+            bare = ivl.build_prompts(self.tasks[a], style="chat", split="test")
+            both = f"{self.tasks[a].held_out[0]} {self.tasks[b].held_out[0]}"
+            told = ivl.build_prompts(self.tasks[a], style="chat", split="test", instruction=both)
+
+            def work(a=a, b=b, bare=bare, told=told) -> pd.DataFrame:
+                injection = ivl.running.injection.Injection.of(
+                    self.backend, [added[a], added[b]], positions="generated"
+                )
+                texts = [
+                    written(self.backend, bare, {0: injection}, max_new_tokens=TOKENS)[0],
+                    self._answers(f"{a}+{b}", told),
+                ]
+                met = [[all(passes(self.tasks[x].check, text) for x in (a, b)) for text in some] for some in texts]
+                return pd.DataFrame({"pair": f"{a} + {b}", "vectors": met[0], "told": met[1], "text": texts[0]})
+
+            rows.append(self.frame(f"pair-{a}-{b}", [bare, told, added[a], added[b]], work))
+        return pd.concat(rows) if rows else pd.DataFrame(columns=["pair", "vectors", "told"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/formats"))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore", UserWarning)
+    pd.set_option("display.width", 200, "display.max_columns", 30, "display.max_rows", 500)
+    study = Study(given.out)
+    if "compliance" in given.part:
+        columns = ["untold_strict", "untold_loose", "told_strict", "told_loose"]
+        for split in ("valid", "test"):
+            print(
+                f"== compliance, {split} split\n{study.compliance(split).groupby('task', sort=False)[columns].mean().round(3)}",
+                flush=True,
+            )
+        print("followed:", study.followed(), flush=True)
+    if "locate" in given.part:
+        for name in study.followed():
+            print(f"== {study.effects(name)} {json.dumps(study.effects(name).metadata['own_answers'])}", flush=True)
+    if "vectors" in given.part:
+        table = study.searches()
+        print(
+            f"== balance on the validation split\n{table.pivot_table('balance', 'task', ['way', 'how']).round(3)}",
+            flush=True,
+        )
+    if "steer" in given.part:
+        vectors = study.chosen()
+        for name in vectors:
+            found = study.evaluation("all", name, vectors, ivl.steering.CONTROLS)
+            print(f"== {name}: {vectors[name]}\n{found}\n{found.balance().round(3)}", flush=True)
+        for _, row in study.searches().iterrows():
+            found = study.evaluation(f"{row['way']}-{row['how']}", row["task"], {row["task"]: study.vector(row)}, ())
+            print(f"== {row['task']} {row['way']} {row['how']}\n{found.balance().round(3)}", flush=True)
+    if "gate" in given.part:
+        print(f"== gates, test split\n{study.gates().round(3)}", flush=True)
+    if "pairs" in given.part:
+        print(
+            f"== two at once, test split\n{study.pairs().groupby('pair')[['vectors', 'told']].mean().round(3)}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()
