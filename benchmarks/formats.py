@@ -43,14 +43,15 @@ class Study:
 
     def kept(self, name: str, parts: list, work, load, save):
         """What `work` gives, from its file if it was done before."""
-        path = self.out / f"{name}-{key(self.model, *parts)[:16]}"
+        stem, suffix = name.rsplit(".", 1)
+        path = self.out / f"{stem}-{key(self.model, *parts)[:16]}.{suffix}"
         if not path.exists():
             save(work(), path)
         return load(path)
 
     def frame(self, name: str, parts: list, work) -> pd.DataFrame:
-        save = lambda x, path: write_json(path, name, x.to_dict("records"))  # noqa: E731
-        return self.kept(f"{name}.json", parts, work, lambda path: pd.DataFrame(read_json(path, name)), save)
+        save = lambda x, path: write_json(path, name, {"rows": x.to_dict("records")})  # noqa: E731
+        return self.kept(f"{name}.json", parts, work, lambda path: pd.DataFrame(read_json(path, name)["rows"]), save)
 
     # -- which are followed -----------------------------------------------------------------------------------------
     def compliance(self, split: str) -> pd.DataFrame:
@@ -61,11 +62,9 @@ class Study:
         for task in self.tasks.values():
             told = self._answers(task.name, ivl.build_prompts(task, split=split, **LOOK))
             for prompt, a, b in zip(bare, untold, told):
-                met = {
-                    f"{w}_{k}": float(passes(task.check, x, loose=k == "loose"))
-                    for w, x in (("untold", a), ("told", b))
-                    for k in ("strict", "loose")
-                }
+                texts = {"untold": a, "told": b}
+                met = {f"{w}_strict": float(passes(task.check, x)) for w, x in texts.items()}
+                met |= {f"{w}_loose": float(passes(task.check, x, loose=True)) for w, x in texts.items()}
                 rows.append({"task": task.name, "input": prompt.query.input, **met, "text": b})
         return pd.DataFrame(rows)
 
@@ -213,10 +212,8 @@ def main() -> None:
     if "compliance" in given.part:
         columns = ["untold_strict", "untold_loose", "told_strict", "told_loose"]
         for split in ("valid", "test"):
-            print(
-                f"== compliance, {split} split\n{study.compliance(split).groupby('task', sort=False)[columns].mean().round(3)}",
-                flush=True,
-            )
+            means = study.compliance(split).groupby("task", sort=False)[columns].mean()
+            print(f"== compliance, {split} split\n{means.round(3)}", flush=True)
         print("followed:", study.followed(), flush=True)
     if "locate" in given.part:
         for name in study.followed():
