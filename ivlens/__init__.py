@@ -43,6 +43,11 @@ _HOME = {
     "Guidance": "ivlens.training.guidance",
     "Section": "ivlens.report",
     "write_report": "ivlens.report",
+    "passes": "ivlens.tasks.checks",
+    "register_check": "ivlens.tasks.checks",
+    "Generations": "ivlens.steering.generate",
+    "Gate": "ivlens.steering.gate",
+    "fit_gate": "ivlens.steering.gate",
 }
 
 ROOMS = (

@@ -1160,3 +1160,25 @@ def test_no_wording_and_no_question_meets_a_form_by_itself_that_it_does_not_have
         for wording in (*task.instructions, *task.held_out):
             if task.name not in told:
                 assert not passes(task.check, wording), (task.name, wording)
+
+
+def test_one_check_for_a_whole_file(tmp_path):
+    path = write(tmp_path / "plain.jsonl", [{"input": q} for q in QUESTIONS])
+    task = ivl.Task.from_file(path, instruction="Be short.", check="at_most_words: 5")
+    assert task.check == "at_most_words: 5"
+
+
+def test_free_answers_are_shown_as_demonstrations_where_there_are_some():
+    records = [{"input": q, "output": "Yes." if i % 2 else ""} for i, q in enumerate(QUESTIONS)]
+    task = ivl.Task.from_records(records, name="short", instruction="Be short.", check="at_most_words: 5")
+    for prompt in build_prompts(task, shots=2):
+        assert [x.output for x in prompt.demonstrations] == ["Yes.", "Yes."]
+    bare = ivl.load_tasks("bullets")["bullets"]
+    with pytest.raises(ValueError, match=r"shots=10, but the answers of task 'bullets' are free.*pass shots=0"):
+        build_prompts(bare, shots=10)
+
+
+def test_checks_gates_and_tables_of_answers_stand_at_the_top_level():
+    for name in ("passes", "register_check", "Gate", "fit_gate", "Generations"):
+        assert name in ivl.__all__ and getattr(ivl, name).__name__ == name
+    assert ivl.passes("bullets", "* one thing\n* another")

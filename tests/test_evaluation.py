@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import ivlens as ivl
 from ivlens.common.statistics import bootstrap_mean, wilson
 from ivlens.models import backend_of
 from ivlens.models.head import Head
-from ivlens.steering.controls import CONTROLS, random_vector
+from ivlens.steering.controls import CONTROLS, random_vector, with_controls
 from ivlens.vectors.vector import InstructionVector
 from tests import tiny
 
@@ -153,3 +154,27 @@ def test_gains_are_paired_by_prompt_not_by_place(scores):
     other.loc[(other["condition"] == "vector") & (other["prompt"] == 0), "query"] = "another"
     with pytest.raises(ValueError, match="'vector' and 'no vector' were not asked the same prompts of task 'past'"):
         ivl.Evaluation(other).gains("probability")
+
+
+def test_answers_stand_side_by_side(scores):
+    shown = scores.answers("plural")
+    rows = scores.scores[(scores.scores["task"] == "plural") & (scores.scores["draw"] == 0)]
+    assert list(shown.texts) == [name for name in scores.conditions if name in set(rows["condition"])]
+    for name, texts in shown.texts.items():
+        part = rows[rows["condition"] == name]
+        assert texts == part["text"].tolist() and shown.prompts == part["input"].tolist()
+    assert scores.answers().prompts == scores.answers("past").prompts
+
+
+def test_controls_are_injected_as_the_vector_is(model, task, other_task, vectors):
+    about = {"past": {"positions": "generated", "how": "set"}, "plural": {"how": "add"}}
+    mine = {
+        name: replace(v, layer=1 + (name == "plural"), metadata={**v.metadata, **about[name]})
+        for name, v in vectors.items()
+    }
+    for t in (task, other_task):
+        drawn = with_controls(model, t, mine, CONTROLS)
+        assert list(drawn) == ["vector", *CONTROLS]
+        for (one,) in drawn.values():
+            assert {k: one.metadata[k] for k in ("positions", "how") if k in one.metadata} == about[t.name]
+            assert one.layer == mine[t.name].layer

@@ -187,6 +187,16 @@ def test_search_marks_the_choice_and_says_the_baseline(search):
     assert "nothing injected: 2.5%" in title and "layer 0, scale 0.5: 90.0%" in title and "antonym" in title
 
 
+def test_search_on_free_answers_says_balance_and_what_was_not_tried(search):
+    control = torch.full((3, 2), torch.nan)
+    control[1, 1] = 0.05
+    figure = plot_search(replace(search, control=control, measure="balance"))
+    check(figure)
+    assert figure.data[0].colorbar.title.text == "balance"
+    assert figure.data[1].hovertext[0][0] == "random vector, layer 0, scale 0.5: 5.0%"
+    assert figure.data[1].hovertext[0][1].endswith("not tried")
+
+
 def test_search_for_suppression(search):
     search = replace(search, goal="suppress", scales=(-1.0, -0.5))
     figure = plot_search(search)

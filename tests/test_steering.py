@@ -252,6 +252,16 @@ def test_the_library_s_generate_shows_the_text_without_with_and_against_the_vect
     }
 
 
+def test_free_answers_are_shown_whole_beside_what_the_user_says(model, vector):
+    prompt = ivl.Prompt(
+        ivl.Example("Tell me about tea.", "", check="bullets"), instruction="Use bullets.", style="chat"
+    )
+    shown = ivl.generate(model, prompt, vector=vector, layer=1)
+    assert shown.prompts == ["Use bullets.\n\nTell me about tea."]
+    assert shown.texts == ivl.generate(model, prompt, vector=vector, layer=1, max_new_tokens=40, stop=None).texts
+    assert ivl.generate(model, "Q: go").texts == ivl.generate(model, "Q: go", max_new_tokens=10, stop="\n").texts
+
+
 def test_generate_inside_inject_is_steered_too(model, vector):
     prompts = ["Q: walk\nA:", "Q: jump\nA: jumped\n\nQ: look\nA:"]
     options = {"max_new_tokens": 5, "stop": None}

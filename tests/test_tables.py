@@ -32,3 +32,12 @@ def test_plain_generations_are_whole():
 def test_the_suites_instructions_are_whole():
     page = html.unescape(ivl.load_tasks()._repr_html_())
     assert all(task.instructions[0] in page for task in ivl.load_tasks().values())
+
+
+def test_answers_keep_their_lines_and_show_no_markup():
+    page = Generations(["Tell me about <b>"], {"+ <i>": ["* one\n* two\n"]})._repr_html_()
+    assert "* one<br>* two</td>" in page and "Tell me about &lt;b&gt;" in page and "+ &lt;i&gt;" in page
+    assert "<b>" not in page and "<i>" not in page and "\\n" not in page
+    shown = ivl.load_tasks(group="formats").to_dataframe()
+    assert "output" not in shown and shown["check"]["spanish"] == "language: es"
+    assert "check" not in ivl.load_tasks().to_dataframe()

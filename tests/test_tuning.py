@@ -14,6 +14,7 @@ from ivlens.steering.controls import random_vector
 from ivlens.steering.tuning import InjectionSearch, _warn
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.vector import InstructionVector
+from tests import tiny
 
 
 @torch.inference_mode()
@@ -131,3 +132,17 @@ def test_a_best_no_better_than_a_random_vector_is_said():
         warnings.simplefilter("error")
         _warn(InjectionSearch(vector, good, random - 0.2, 0.1, (1,), (0.5, 1.0, 2.0), 10))
         _warn(InjectionSearch(vector, 0.6 - good, random, 0.5, (1,), (-0.5, -1.0, -2.0), 10, "suppress"))
+
+
+@pytest.mark.model
+def test_of_free_answers_the_best_keeps_how_it_was_tuned_and_balance_is_said(model):
+    records = [{"input": f"Tell me about {word}."} for word in tiny.VERBS]
+    task = ivl.Task.from_records(records, name="free", instruction="Go on.", check="at_most_words: 40")
+    vector = ivl.extract_vector(model, task, [ivl.Head(0, 1)], shots=0, instruction=True, n_prompts=4)
+    options = {"layers": [1], "scales": [1.0, 2.0], "n_prompts": 2, "max_new_tokens": 4, "how": "set"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search = ivl.tune_injection(model, task, vector, **options)
+    assert search.measure == "balance" and "2 prompts: balance " in repr(search)
+    assert search.best.metadata["how"] == "set" and search.best.metadata["positions"] == "generated"
+    assert "how" not in vector.metadata

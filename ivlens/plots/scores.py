@@ -21,7 +21,7 @@ __all__ = ["plot_evaluation", "plot_search"]
 
 
 def plot_search(search: InjectionSearch) -> go.Figure:
-    """Heatmaps of first-token accuracy, scale × layer, of the vector and of a random one; the choice is outlined."""
+    """Heatmaps of accuracy (of free answers, balance), scale × layer, of the vector and of a random one; the choice is outlined."""
     columns = sorted(range(len(search.layers)), key=lambda i: search.layers[i])
     rows = sorted(range(len(search.scales)), key=lambda i: search.scales[i])
     layers, scales = [search.layers[i] for i in columns], [search.scales[i] for i in rows]
@@ -32,7 +32,7 @@ def plot_search(search: InjectionSearch) -> go.Figure:
     figure, size = panels(1, 2, panel, (36, 0), ("the vector", "a random vector of the same length"))
     for column, (values, name) in enumerate(zip(shown, ("vector", "random vector"), strict=True), start=1):
         hover = [
-            [f"{name}, layer {layer}, scale {plain(scale)}: {values[i, j]:.1%}" for j, layer in enumerate(layers)]
+            [f"{name}, layer {layer}, scale {plain(scale)}: {_share(values[i, j])}" for j, layer in enumerate(layers)]
             for i, scale in enumerate(scales)
         ]
         options = {"colorscale": maps.SEQUENTIAL, "zmin": 0, "zmax": 1, "showscale": column == 1}
@@ -42,7 +42,7 @@ def plot_search(search: InjectionSearch) -> go.Figure:
     figure.update_yaxes(**ticks([plain(s) for s in scales], panel[1] // 18), **BARE)
     figure.update_yaxes(title_text="scale", col=1)
     figure.update_yaxes(showticklabels=False, col=2)
-    maps.colorbar(figure, "accuracy", tickformat=".0%")
+    maps.colorbar(figure, search.measure, tickformat=".0%")
     goal = "inducing" if search.goal == "induce" else "suppressing"
     chosen, beside = shown[0][y, x], shown[1][y, x]
     notes = [
@@ -62,8 +62,14 @@ def plot_evaluation(evaluation: Evaluation, metric: str | None = None) -> go.Fig
     frame = frame[frame["metric"] == metric]
     share = metric in ("first_token", "exact_match", "met", "met_loose")
     figure, size = task_bars(frame, evaluation.task_names, evaluation.conditions, unit(metric), share=share)
+    if metric in ("topic", "surprise"):
+        figure.update_yaxes(range=None)
     notes = [f"mean and 95% interval · {span(frame['n'])} prompts per bar"]
     if (shots := evaluation.metadata.get("shots")) is not None:
         notes[0] += f" · {counted(shots, 'demonstration') if shots else 'zero-shot'}"
     title = f"{unit(metric)[0].upper()}{unit(metric)[1:]} with and without the vector"
     return finish(figure, title, notes, **size)
+
+
+def _share(value: float) -> str:
+    return "not tried" if np.isnan(value) else f"{value:.1%}"

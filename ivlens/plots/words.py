@@ -15,6 +15,10 @@ UNITS = {
     "accuracy": "first-token accuracy",
     "first_token": "first-token accuracy",
     "rouge_l": "ROUGE-L (F1)",
+    "met": "constraint met",
+    "met_loose": "constraint met, loosely",
+    "topic": "on topic (nats per token)",
+    "surprise": "surprise (nats per token)",
 }
 
 

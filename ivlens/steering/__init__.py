@@ -2,6 +2,7 @@
 
 from ivlens.steering.controls import CONTROLS, random_vector
 from ivlens.steering.evaluation import Evaluation, evaluate
+from ivlens.steering.gate import Gate, fit_gate
 from ivlens.steering.generate import Generations, generate
 from ivlens.steering.inject import inject
 from ivlens.steering.tuning import InjectionSearch, tune_injection
@@ -9,9 +10,11 @@ from ivlens.steering.tuning import InjectionSearch, tune_injection
 __all__ = [
     "CONTROLS",
     "Evaluation",
+    "Gate",
     "Generations",
     "InjectionSearch",
     "evaluate",
+    "fit_gate",
     "generate",
     "inject",
     "random_vector",

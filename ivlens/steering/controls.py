@@ -18,6 +18,7 @@ from ivlens.vectors.vector import InstructionVector
 __all__ = ["CONTROLS", "random_vector", "with_controls"]
 
 LIKEWISE = ("model", "signature", "unit", "positions", "how", "projections")  # what a random vector has of its model's
+HOW = ("positions", "how")
 CONTROLS = ("random vector", "random heads", "other task")
 
 
@@ -59,12 +60,19 @@ def with_controls(
         out["random vector"] = [random_vector(vector, seed=seed, draw=i, by_heads=by_heads) for i in range(draws)]
     if "random heads" in controls and vector.heads:
         drawn = [_random_heads(model, task, vector, f"{seed}/{task.name}" + f"/{i}" * (i > 0)) for i in range(draws)]
-        out["random heads"] = [replace(each, layer=vector.layer, scale=vector.scale) for each in drawn]
+        out["random heads"] = [_as(vector, each) for each in drawn]
     names = list(vectors)
     other = vectors[names[(names.index(task.name) + 1) % len(names)]]
     if "other task" in controls and other is not vector and (mode == "sum" or other.heads):
-        out["other task"] = [replace(other, layer=vector.layer, scale=vector.scale)]
+        out["other task"] = [_as(vector, other)]
     return out
+
+
+def _as(vector: InstructionVector, other: InstructionVector) -> InstructionVector:
+    """Another one injected where, how strongly and how this one is."""
+    about = {k: v for k, v in other.metadata.items() if k not in HOW}
+    about |= {k: vector.metadata[k] for k in HOW if k in vector.metadata}
+    return replace(other, layer=vector.layer, scale=vector.scale, metadata=about)
 
 
 def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: str) -> InstructionVector:
@@ -73,5 +81,6 @@ def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: str) 
     rest = [Head(layer, h) for layer in range(backend.n_layers) for h in range(backend.n_heads)]
     rest = [head for head in rest if head not in vector.heads]
     heads = random.Random(seed).sample(rest, min(len(vector.heads), len(rest)))
-    options = {k: vector.metadata[k] for k in ("shots", "instruction", "style") if k in vector.metadata}
+    look = ("shots", "instruction", "style", "template", "way")
+    options = {k: vector.metadata[k] for k in look if k in vector.metadata}
     return extract_vector(model, task, heads, n_prompts=20, seed=int(seed.split("/")[0]), **options)

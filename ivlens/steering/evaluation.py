@@ -22,6 +22,7 @@ from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import room_for, tokenize
 from ivlens.steering.compliance import Unsteered, balance, score_free
 from ivlens.steering.controls import CONTROLS, with_controls
+from ivlens.steering.generate import Generations
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task, same_input
@@ -96,6 +97,13 @@ class Evaluation:
             shares = balance(of, means.loc[task, "told"])
             rows.append({"task": task, "condition": condition, **shares, "perplexity": math.exp(of["surprise"])})
         return pd.DataFrame(rows)
+
+    def answers(self, task: str | None = None) -> Generations:
+        """What was written, side by side: one row per prompt, one column per condition (of random controls, the first draw)."""
+        some = self.scores[(self.scores["task"] == (task or self.task_names[0])) & (self.scores["draw"] == 0)]
+        table = some.pivot(index="prompt", columns="condition", values="text")
+        asked = some.drop_duplicates("prompt").set_index("prompt")["input"][table.index].tolist()
+        return Generations(asked, {name: table[name].tolist() for name in self.conditions if name in table})
 
     def gains(self, metric: str | None = None) -> pd.DataFrame:
         """Each condition minus no vector, prompt by prompt, per task and on average (95 % paired bootstrap over queries)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ from ivlens.running.decoding import complete
 from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
 from ivlens.steering.gate import Gate
-from ivlens.tasks.prompts import Prompt
+from ivlens.tasks.prompts import Prompt, common_stop
 from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["Generations", "generate"]
@@ -28,9 +28,13 @@ class Generations:
     Attributes
     ----------
     prompts
-        The prompts' texts.
+        The prompts' texts; of prompts in style `chat`, what the user says.
     texts
         From a condition ("no vector", "+ vector", "− vector") to one continuation per prompt.
+
+    Notes
+    -----
+    Columns of your own: `Generations(prompts, {"told": told["no vector"], "steered": bare["+ vector"]})`.
     """
 
     prompts: list[str]
@@ -44,7 +48,7 @@ class Generations:
         return pd.DataFrame({"prompt": self.prompts, **self.texts})
 
     def _repr_html_(self) -> str:
-        return table_html(self.to_dataframe(), index=False)
+        return table_html(self.to_dataframe(), index=False, lines=True)
 
     def __repr__(self) -> str:
         return self.to_dataframe().map(lambda text: repr(text)[1:-1]).to_string(index=False)
@@ -61,8 +65,8 @@ def generate(
     mode: str = "sum",
     how: str | None = None,
     when: Gate | None = None,
-    max_new_tokens: int = 10,
-    stop: str | None = "\n",
+    max_new_tokens: int | None = None,
+    stop: str | None = "auto",
     batch_size: int = 64,
 ) -> Generations:
     """Greedy continuations without the vector, with it, and with it subtracted.
@@ -71,8 +75,11 @@ def generate(
     ----------
     vector, layer, scale, positions, mode, how, when
         As in `inject`. Without a vector there is one column.
+    max_new_tokens
+        Default: 10, or 40 where prompts are of a task with a check, whose answers are free.
     stop
-        Text that ends a continuation (after something has been said); None for none but the end-of-text token.
+        Text that ends a continuation (after something has been said); None for none but the end-of-text token. Default: a line's
+        end, or none where an answer may have several lines.
 
     Notes
     -----
@@ -87,6 +94,14 @@ def generate(
         plus = Injection.of(backend, vector, scale=scale, **options)
         injections["+ vector"] = plus
         injections["− vector"] = -plus
+    built = [p for p in prompts if isinstance(p, Prompt)]
+    if max_new_tokens is None:
+        max_new_tokens = 40 if any(p.query.check for p in built) else 10
+    stop = common_stop(built) if stop == "auto" else stop
     done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
-    shown = [p if isinstance(p, str) else p.render(backend.tokenizer) for p in prompts]
+    shown = [p if isinstance(p, str) else _said(p, backend.tokenizer) for p in prompts]
     return Generations(shown, {name: c.texts for name, c in done.items()})
+
+
+def _said(prompt: Prompt, tokenizer: Any) -> str:
+    return prompt.render(tokenizer) if prompt.style != "chat" else replace(prompt, style="plain").render().rstrip("\n")

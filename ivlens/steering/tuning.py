@@ -53,6 +53,7 @@ class InjectionSearch:
     n: int
     goal: str = "induce"
     candidates: tuple[InstructionVector, ...] = ()  # one for each layer, where vectors are made for one
+    measure: str = "accuracy"  # or, of free answers, "balance"
 
     @property
     def best(self) -> InstructionVector:
@@ -70,10 +71,10 @@ class InjectionSearch:
         return plot_search(self)
 
     def __repr__(self) -> str:
-        best = self.best
+        best, of = self.best, "balance " * (self.measure == "balance")
         at = (self.layers.index(best.layer), self.scales.index(best.scale))
         return (
-            f"InjectionSearch({self.vector.name}, {self.n} prompts: {self.baseline:.0%} → {self.accuracy[at]:.0%} at layer "
+            f"InjectionSearch({self.vector.name}, {self.n} prompts: {of}{self.baseline:.0%} → {self.accuracy[at]:.0%} at layer "
             f"{best.layer}, scale {best.scale:g}; random vector there {self.control[at]:.0%})"
         )
 
@@ -117,7 +118,7 @@ def tune_injection(
     shots, instruction, style, template
         How the prompts look; see `build_prompts`.
     positions, how, max_new_tokens
-        Of free answers: as in `inject`, and how long answers may be.
+        Of free answers: as in `inject`, kept with the best vector; and how long answers may be.
     """
     if task.is_checked:
         look = {"shots": shots, "style": style, "template": template, "seed": seed, "n": n_prompts, "split": split}
@@ -163,7 +164,9 @@ def _tune_free(
             else range(n_layers // 3, 2 * n_layers // 3 + 1, max(n_layers // 12, 1))
         )
     layers = tuple(backend.check_layer(x) for x in layers)
+    chosen = {k: v for k, v in (("positions", positions), ("how", how)) if v is not None}  # the best keeps them
     candidates = tuple(vector) if several else (vector,) * len(layers)
+    candidates = tuple(replace(v, metadata={**v.metadata, **chosen}) for v in candidates)
     scales = (0.5, 0.75, 1.0, 1.5, 2.0) if scales is None else tuple(scales)
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     bare, told = (build_prompts(task, instruction=told, **look) for told in (False, True))
@@ -182,7 +185,8 @@ def _tune_free(
     found = torch.tensor(list(balanced(tries).values())).view(len(layers), len(scales))
     nothing = balance(_means(unsteered.scores(unsteered.answers)), best_possible)["balance"]
     control = torch.full(found.shape, torch.nan)
-    search = InjectionSearch(candidates[0], found, control, nothing, layers, scales, len(bare), "induce", candidates)
+    about = (len(bare), "induce", candidates, "balance")
+    search = InjectionSearch(candidates[0], found, control, nothing, layers, scales, *about)
     best = search.best
     at = (layers.index(best.layer), scales.index(best.scale))
     control[at] = balanced({0: (random_vector(best, seed=look["seed"]), best.layer, best.scale)})[0]

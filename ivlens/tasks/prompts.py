@@ -135,7 +135,7 @@ def build_prompts(
     Raises
     ------
     ValueError
-        If the split is empty, or the task has fewer training examples than `shots` + 1.
+        If the split is empty, the task has fewer training examples than `shots` + 1, or none with an answer to show.
     """
     if style not in STYLES:
         raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
@@ -151,6 +151,11 @@ def build_prompts(
         rng.shuffle(numbered)
         numbered = [numbered[i % len(numbered)] for i in range(n)]
     pool = [(plain_text(x.input), x) for x in dict.fromkeys(task.train)] if shots else []
+    if task.is_checked:
+        pool = [(given, x) for given, x in pool if x.output]
+        if shots and not pool:
+            said = f"shots={shots}, but the answers of task {task.name!r} are free, so there are none to show"
+            raise ValueError(f"{said}; pass shots=0, and instruction=True where prompts should state the task")
     told = tuple(sorted((template or {}).items()))
     prompts, mixed = [], 0
     for number, query in numbered:

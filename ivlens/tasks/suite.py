@@ -53,13 +53,14 @@ class TaskSuite(Mapping[str, Task]):
         return TaskSuite([self[name] for name in names])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per task: group, sizes, instruction, an example."""
+        """One row per task: group, sizes, instruction, an example and its check."""
         rows = []
         for task in self._tasks.values():
             first = task.train[0] if task.train else Example("", "")
             about = {"task": task.name, "group": task.group, "examples": len(task), "instruction": task.instructions[0]}
-            rows.append({**about, "input": first.input, "output": first.output})
-        return pd.DataFrame(rows).set_index("task")
+            rows.append({**about, "input": first.input, "output": first.output, "check": first.check})
+        frame = pd.DataFrame(rows).set_index("task")
+        return frame.drop(columns=[name for name in ("output", "check") if not frame[name].any()])
 
     def __repr__(self) -> str:
         return f"TaskSuite({len(self)} tasks: {', '.join(self._tasks)})"

@@ -158,11 +158,12 @@ class Task:
         instruction: str | Sequence[str] | None = None,
         name: str | None = None,
         columns: Mapping[str, str] | None = None,
+        check: str | None = None,
     ) -> Task:
         """A task from a file, a record in each row, every cell as it is written; see `tasks.files.read_rows`."""
         path = Path(path)
         rows, stem = read_rows(path), path.name.removesuffix(".gz").rsplit(".", 1)[0]
-        return cls.from_records(rows, name=name or stem, instruction=instruction, columns=columns)
+        return cls.from_records(rows, name=name or stem, instruction=instruction, columns=columns, check=check)
 
     @classmethod
     def from_dataset(
@@ -172,6 +173,7 @@ class Task:
         name: str,
         instruction: str | Sequence[str] | None = None,
         columns: Mapping[str, str] | None = None,
+        check: str | None = None,
     ) -> Task:
         """A task from a `datasets.Dataset`, or a `DatasetDict` whose splits (train, validation, test) are kept."""
         if isinstance(dataset, Mapping):
@@ -179,7 +181,7 @@ class Task:
             columns = {**(columns or {}), "split": "split"}
         else:
             records = _labelled(dataset)
-        return cls.from_records(records, name=name, instruction=instruction, columns=columns)
+        return cls.from_records(records, name=name, instruction=instruction, columns=columns, check=check)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per example: split, input, output, question, content, check, choices."""
