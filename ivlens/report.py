@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,11 +17,23 @@ from ivlens import __version__
 from ivlens.plots.image import draw
 from ivlens.steering.generate import Generations
 
-__all__ = ["Section", "write_figure", "write_report"]
+if TYPE_CHECKING:
+    from ivlens.steering.evaluation import Evaluation
+
+__all__ = ["Section", "side_by_side", "write_figure", "write_report"]
 
 # Of plotly's buttons only the one that saves an image; others send the figure to a web site. Dragging zooms anyway.
 CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [["toImage"]]}
 ITEMS = (str, go.Figure, pd.DataFrame, Generations)
+UNSTEERED = ("no vector", "not told", "told", "random vector")  # columns without a tint
+COLUMNS = {"no vector": "not told", "told": "told", "vector": "with the vector", "random vector": "random vector"}
+SIDE_BY_SIDE = (
+    "The first test questions as they come, none chosen; ✓ where the answer meets its constraint, ✗ where it doesn't."
+)
+BALANCE = (
+    "On topic and fluent are shares of what told answers reach; the balance is the harmonic mean of the three. An answer "
+    "that says nothing any more may still meet its constraint; the balance shows it."
+)
 FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 
@@ -94,6 +106,15 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def side_by_side(evaluation: Evaluation, task: str, *, n: int = 8) -> Generations:
+    """Free answers to the first questions: not told, told, with the vector and with a random one, each marked as met or not."""
+    rows = evaluation.scores[(evaluation.scores["task"] == task) & (evaluation.scores["draw"] == 0)]
+    marked = rows.assign(text=rows["met"].map({1.0: "✓ ", 0.0: "✗ "}) + rows["text"])
+    texts = marked.pivot(index="prompt", columns="condition", values="text").sort_index().head(n)
+    asked = rows.drop_duplicates("prompt").set_index("prompt")["input"].loc[texts.index]
+    return Generations(asked.tolist(), {name: texts[key].tolist() for key, name in COLUMNS.items() if key in texts})
 
 
 def write_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
@@ -206,9 +227,8 @@ def _cell(x: Any) -> str:
 def _generations(generations: Generations) -> str:
     """Side by side, line breaks kept, steered columns tinted."""
     columns = [("prompt", "", generations.prompts)]
-    tints = {n: "steered minus" if n.startswith(("−", "-")) else "steered" for n in generations.texts} | {
-        "no vector": ""
-    }
+    tints = {n: "steered minus" if n.startswith(("−", "-")) else "steered" for n in generations.texts}
+    tints |= dict.fromkeys(UNSTEERED, "")
     columns += [(name, tints[name], texts) for name, texts in generations.texts.items()]
     head = [f'<th class="{tint}">{_escape(name)}</th>' for name, tint, _ in columns]
     cells = [[f'<td class="text {tint}">{_lines(text)}</td>' for text in texts] for _, tint, texts in columns]

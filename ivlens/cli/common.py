@@ -41,22 +41,41 @@ def load(name: str, backend: str, adapter: str | None = None, device: str | None
     return load_model(name, backend=backend, adapter=adapter, device=device)
 
 
-def read_tasks(names: list[str] | None, files: list[Path] | None, instructions: list[str] | None) -> TaskSuite:
-    """The built-in tasks named, and one task per file; all built-in ones where nothing is named."""
+def read_tasks(
+    names: list[str] | None, group: str | None, files: list[Path] | None, instructions: list[str] | None
+) -> TaskSuite:
+    """The built-in tasks named or of a group, and one task per file; all with one right answer where nothing is named."""
     from ivlens.tasks import Task, TaskSuite, load_tasks
 
+    names = list(dict.fromkeys([*(names or ()), *(load_tasks(group=group) if group else ())]))
     if not files:
         return load_tasks(names or None)
     told = instructions or [None] * len(files)
     if len(told) != len(files):
         raise ValueError(f"{len(files)} --file but {len(told)} --instruction; give one per file, in the same order")
-    known = {name: f"the built-in task {name!r}" for name in names or ()}
+    known = {name: f"the built-in task {name!r}" for name in names}
     own = []
     for file, text in zip(files, told):
         own.append(Task.from_file(file, instruction=text))
         if (other := known.setdefault(own[-1].name, str(file))) != str(file):
             raise ValueError(f"{other} and {file} are two tasks of one name; rename one of the files")
     return TaskSuite([*(load_tasks(names).values() if names else ()), *own])
+
+
+def look(
+    suite: TaskSuite, shots: int | None, told: bool | None, style: str | None, default: int, tell: bool | None = None
+) -> dict[str, Any]:
+    """How prompts look: as given, else with so many demonstrations, and told where there are none (or as `tell` says). Where answers
+    are free: told, in the chat template, without demonstrations."""
+    kinds = {task.is_checked for task in suite.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "some of the tasks have free answers, some one right answer, and are asked otherwise: give them apart"
+        )
+    free = True in kinds
+    shots = (0 if free else default) if shots is None else shots
+    told = (free or (shots == 0 if tell is None else tell)) if told is None else told
+    return {"shots": shots, "instruction": told, "style": style or ("chat" if free else "qa")}
 
 
 def vector_folders(folder: Path, suite: TaskSuite) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 import ivlens.cli.options as opt
 from ivlens.cli.app import app
-from ivlens.cli.common import print_table, readable_errors, report, say
+from ivlens.cli.common import look, print_table, readable_errors, report, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,9 @@ def continual(
     method: Annotated[list[str] | None, Option(help="A method; with a file, only this one of its")] = None,
     seed: Annotated[list[int] | None, Option(help="A seed; with a file, instead of its")] = None,
     model: opt.Model = "smollm2",
+    shots: opt.Shots0 = None,
+    told: opt.Told = None,
+    style: opt.Style = None,
     steps: Annotated[int, Option(help="Steps per stage")] = 100,
     learning_rate: Annotated[float, Option("--lr")] = 1e-4,
     n_prompts: Annotated[int, Option("--n-prompts", help="Test prompts per task")] = 100,
@@ -37,7 +40,7 @@ def continual(
 ) -> None:
     """Train on tasks one after the other, by several methods; what is kept of the earlier ones and in general."""
     with readable_errors():
-        from ivlens.continual import read_config, run
+        from ivlens.continual import load_sequence, read_config, run
         from ivlens.tasks import load_tasks
 
         if config is not None:
@@ -47,7 +50,9 @@ def continual(
         else:
             if (recipe is None) == (not sequence):
                 raise ValueError("name what to train on: a .yaml file, --recipe, or --task several times")
-            options = {"sequence": recipe or load_tasks(sequence or []), "general": general or (), "model": model}
+            tasks = load_sequence(recipe) if recipe else load_tasks(sequence or [])
+            options = {"sequence": tasks, "general": general or (), "model": model}
+            options |= look(tasks, shots, told, style, 0, tell=True)
             options |= {"steps": steps, "learning_rate": learning_rate, "n_prompts": n_prompts}
             options |= {"methods": method} if method else {}
         options |= {"seeds": seed} if seed else {}

@@ -1,17 +1,30 @@
-"""`ivlens demo | locate | extract | steer | evaluate | tasks | models`."""
+"""`ivlens demo | locate | extract | steer`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 import ivlens.cli.options as opt
 from ivlens.cli.app import app
-from ivlens.cli.common import load, print_table, read_tasks, readable_errors, report, say, vector_folders
+from ivlens.cli.common import load, look, print_table, read_tasks, readable_errors, report, say, vector_folders
+
+if TYPE_CHECKING:
+    from ivlens.patching import HeadEffects
+    from ivlens.tasks.task import Task
+    from ivlens.vectors.vector import InstructionVector
 
 EFFECTS = Path("heads/effects.safetensors")
+_COUNTERFACTUAL = "How the instruction is destroyed; default: shuffled_labels, but no_instruction with --shots 0"
+_METRIC = (
+    "probability, log_probability, logit or logit_difference; default: the first, or second where answers are free"
+)
+_LAYER = "Where a residual difference is taken; default: chosen in the middle third"
+_STYLE = "qa, plain or chat around each prompt; default: none, but chat for vectors made in it"
+_TOKENS = "How long answers may be; default: 10, but 40 for vectors of free answers"
 
 
 @app.command()
@@ -33,13 +46,17 @@ def locate(
     adapter: opt.Adapter = None,
     device: opt.Device = None,
     task: opt.Tasks = None,
+    group: opt.Group = None,
     file: opt.Files = None,
-    instruction: opt.Told = None,
-    shots: opt.Shots = 10,
-    style: opt.Style = "qa",
-    counterfactual: Annotated[str, Option(help="How the instruction is destroyed")] = "shuffled_labels",
-    metric: Annotated[str, Option(help="probability, log_probability, logit or logit_difference")] = "probability",
+    instruction: opt.Instructions = None,
+    shots: opt.Shots10 = None,
+    told: opt.ToldAtZero = None,
+    style: opt.Style = None,
+    counterfactual: Annotated[str | None, Option(help=_COUNTERFACTUAL)] = None,
+    metric: Annotated[str | None, Option(help=_METRIC)] = None,
     n_prompts: Annotated[int, Option(help="Prompts per task")] = 25,
+    n_mean: Annotated[int, Option(help="Prompts per task behind the heads' means")] = 50,
+    max_new_tokens: opt.Length = 40,
     top: Annotated[int, Option(help="Heads to print")] = 10,
     max_rows: Annotated[int | None, Option(help="Bound on the packed sequence")] = None,
     seed: opt.Seed = 0,
@@ -50,11 +67,11 @@ def locate(
         from ivlens.patching import locate_heads
         from ivlens.report import Section
 
-        suite = read_tasks(task, file, instruction)
-        look = {"shots": shots, "style": style, "counterfactual": counterfactual, "metric": metric, "seed": seed}
-        size = {"n_prompts": n_prompts, "max_rows": max_rows}
-        hooked = load(model, backend, adapter, device)
-        effects = locate_heads(hooked, suite, folder=out / "partial", **look, **size)
+        suite = read_tasks(task, group, file, instruction)
+        options = {**look(suite, shots, told, style, 10), "counterfactual": counterfactual, "metric": metric}
+        options |= {"n_prompts": n_prompts, "n_mean": n_mean, "max_rows": max_rows, "max_new_tokens": max_new_tokens}
+        options["seed"] = seed
+        effects = locate_heads(load(model, backend, adapter, device), suite, folder=out / "partial", **options)
         effects.save(out / "effects.safetensors")
         frame = effects.to_dataframe().head(top)
         figures = [effects.plot(), effects.plot("stderr"), *([effects.plot("tasks")] if len(suite) > 1 else [])]
@@ -66,23 +83,29 @@ def locate(
 
 @app.command()
 def extract(
-    heads: Annotated[Path, Option("--heads", help="effects.safetensors of `ivlens locate`")] = EFFECTS,
+    heads: Annotated[Path | None, Option("--heads", help=f"As `ivlens locate` writes them; default: {EFFECTS}")] = None,
     model: opt.Model = "smollm2",
     backend: opt.Backend = "auto",
     adapter: opt.Adapter = None,
     device: opt.Device = None,
     task: opt.Tasks = None,
+    group: opt.Group = None,
     file: opt.Files = None,
-    instruction: opt.Told = None,
+    instruction: opt.Instructions = None,
     top: Annotated[int, Option(help="How many heads to sum")] = 10,
-    shots: opt.Shots = 10,
-    style: opt.Style = "qa",
+    way: Annotated[str, Option(help="heads, difference or residual (which needs no heads)")] = "heads",
+    layer: Annotated[int | None, Option(help=_LAYER)] = None,
+    shots: opt.Shots10 = None,
+    told: opt.ToldAtZero = None,
+    style: opt.Style = None,
     n_prompts: Annotated[int, Option(help="Prompts behind the mean")] = 50,
     tune: Annotated[bool, Option(help="Choose layer and scale on the validation split")] = True,
+    n_valid: Annotated[int | None, Option(help="Validation prompts that choose; default: all")] = None,
+    max_new_tokens: opt.Length = 40,
     seed: opt.Seed = 0,
     out: opt.Out = Path("vectors"),
 ) -> None:
-    """Sum the heads' mean outputs to instruction vectors, one folder per task."""
+    """Make instruction vectors, one folder per task: by default the heads' mean outputs, summed."""
     import pandas as pd
 
     rows = []
@@ -90,18 +113,20 @@ def extract(
         from ivlens.patching import HeadEffects
         from ivlens.report import Section
         from ivlens.steering.tuning import tune_injection
-        from ivlens.vectors.extraction import extract_vector
 
-        suite, chosen = read_tasks(task, file, instruction), HeadEffects.load(heads).top(top)
-        hooked, sections = load(model, backend, adapter, device), []
-        folders = vector_folders(out, suite)
+        suite = read_tasks(task, group, file, instruction)
+        given = None if way == "residual" and heads is None else HeadEffects.load(heads or EFFECTS).top(top)
+        options = {**look(suite, shots, told, style, 10), "n_prompts": n_prompts, "seed": seed, "way": way}
+        hooked, sections, folders = load(model, backend, adapter, device), [], vector_folders(out, suite)
         for one in suite.values():
-            vector = extract_vector(hooked, one, chosen, shots=shots, style=style, n_prompts=n_prompts, seed=seed)
-            items: list[Any] = [vector.plot()]
+            vectors = _vectors(hooked, one, given, layer, tune, options)
+            vector, items = vectors[0], []
             if tune:
-                search = tune_injection(hooked, one, vector, style=style, seed=seed)
-                vector = search.best
-                items.append(search.plot())
+                again = {"style": options["style"], "n_prompts": n_valid, "max_new_tokens": max_new_tokens}
+                again["seed"] = seed
+                search = tune_injection(hooked, one, vector if way != "residual" else vectors, **again)
+                vector, items = search.best, [search.plot()]
+            items = [*([vector.plot()] if vector.heads else []), *items]
             vector.save(folders[one.name])
             rows.append({"task": one.name, "norm": vector.norm(), "layer": vector.layer, "scale": vector.scale})
             sections.append(Section(one.name, repr(vector), items))
@@ -110,10 +135,25 @@ def extract(
     say(f"Wrote {len(rows)} vector(s) and report.html to {out}")
 
 
+def _vectors(
+    model: Any, task: Task, heads: HeadEffects | None, layer: int | None, tune: bool, options: dict[str, Any]
+) -> list[InstructionVector]:
+    """The vector, or where residual differences are to be chosen from, one for each layer in the middle third."""
+    from ivlens.models.backends import backend_of
+    from ivlens.steering.tuning import middle_layers
+    from ivlens.vectors.extraction import extract_vector
+
+    choose = options["way"] == "residual" and layer is None and tune
+    layers = middle_layers(backend_of(model).n_layers) if choose else [layer]
+    return [extract_vector(model, task, heads, layer=at, **options) for at in layers]
+
+
 @app.command()
 def steer(
     vector: Annotated[str, Argument(help="Folder of a vector, as `ivlens extract` writes it, or a hub id")],
-    prompts: Annotated[list[str], Argument(help="Texts to continue, such as 'Q: walk\\nA:'")],
+    prompts: Annotated[
+        list[str], Argument(help="Texts to continue, such as 'Q: walk\\nA:', or questions with --style")
+    ],
     model: opt.Model = "smollm2",
     backend: opt.Backend = "auto",
     adapter: opt.Adapter = None,
@@ -121,100 +161,32 @@ def steer(
     layer: opt.Layer = None,
     scale: opt.Scale = None,
     mode: opt.Mode = "sum",
-    positions: opt.Positions = "last",
-    max_new_tokens: Annotated[int, Option()] = 10,
+    positions: opt.Positions = None,
+    style: Annotated[str | None, Option(help=_STYLE)] = None,
+    max_new_tokens: Annotated[int | None, Option(help=_TOKENS)] = None,
     out: opt.Out = Path("steered"),
 ) -> None:
     """Continue prompts without the vector, with it, and with it subtracted."""
     with readable_errors():
         from ivlens.report import Section
         from ivlens.steering.generate import generate
+        from ivlens.tasks.prompts import Prompt
+        from ivlens.tasks.task import Example
         from ivlens.vectors.vector import InstructionVector
 
         loaded = InstructionVector.from_pretrained(vector)
         texts = [p.replace("\\n", "\n") for p in prompts]
+        style = style or ("chat" if loaded.metadata.get("style") == "chat" else None)
+        asked = [Prompt(Example(text, ""), style=style) for text in texts] if style else texts
+        free = loaded.metadata.get("positions") == "generated"
         options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}
-        options |= {"vector": loaded, "max_new_tokens": max_new_tokens}
-        result = generate(load(model, backend, adapter, device), texts, **options)
+        options |= {"max_new_tokens": max_new_tokens or (40 if free else 10), "stop": None if free else "\n"}
+        result = replace(
+            generate(load(model, backend, adapter, device), asked, vector=loaded, **options), prompts=texts
+        )
         frame = result.to_dataframe()
         out.mkdir(parents=True, exist_ok=True)
         frame.to_json(out / "generations.json", orient="records", indent=1, force_ascii=False)
         report(out, f"Steering: {loaded.name}", [Section("Side by side", repr(loaded), [result])], {"model": model})
     print_table(frame, repr(loaded))
     say(f"Wrote {out / 'generations.json'} and {out / 'report.html'}")
-
-
-@app.command()
-def evaluate(
-    vectors: Annotated[Path | None, Option("--vectors", help="Folder that `ivlens extract` wrote")] = None,
-    model: opt.Model = "smollm2",
-    backend: opt.Backend = "auto",
-    adapter: opt.Adapter = None,
-    device: opt.Device = None,
-    task: opt.Tasks = None,
-    file: opt.Files = None,
-    instruction: opt.Told = None,
-    shots: opt.Shots = 0,
-    style: opt.Style = "qa",
-    reference_shots: Annotated[int | None, Option(help="Also score prompts with this many demonstrations")] = 10,
-    layer: opt.Layer = None,
-    scale: opt.Scale = None,
-    mode: opt.Mode = "sum",
-    positions: opt.Positions = "last",
-    n_prompts: Annotated[int | None, Option(help="Test prompts per task; default: all")] = None,
-    seed: opt.Seed = 0,
-    out: opt.Out = Path("evaluation"),
-) -> None:
-    """Score tasks on the test split, with vectors and their controls."""
-    with readable_errors():
-        from ivlens.report import Section
-        from ivlens.steering.evaluation import evaluate as score
-        from ivlens.vectors.vector import InstructionVector
-
-        suite = read_tasks(task, file, instruction)
-        folders = {} if vectors is None else vector_folders(vectors, suite)
-        loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
-        options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}
-        options |= {"shots": shots, "style": style, "reference_shots": reference_shots}
-        options |= {"n_prompts": n_prompts, "seed": seed, "vectors": loaded}
-        result = score(load(model, backend, adapter, device), suite, **options)
-        result.save(out / "evaluation.json")
-        items = [result.plot(metric) for metric in result.metrics]
-        sections = [Section("Scores", "95 % intervals; test split.", [*items, result.to_dataframe()])]
-        if loaded is not None:
-            sections.append(Section("Gains over no vector", "", [result.gains("exact_match")]))
-        report(out, "Evaluation", sections, result.metadata)
-    print_table(result.to_dataframe(), "Scores")
-    say(f"Wrote {out / 'evaluation.json'} and {out / 'report.html'}")
-
-
-@app.command()
-def tasks(name: Annotated[str | None, Argument(help="One task, to see its examples")] = None) -> None:
-    """List the built-in tasks, or show one."""
-    with readable_errors():
-        from ivlens.tasks import load_tasks
-
-        if name is None:
-            frame = load_tasks().to_dataframe().reset_index()
-            print_table(frame.drop(columns="instruction"), "Built-in tasks")
-        else:
-            task = load_tasks([name])[name]
-            for wording in task.instructions:
-                say(f"· {wording}")
-            frame = task.to_dataframe().dropna(axis="columns", how="all")
-            print_table(frame.groupby("split", sort=False).head(5), f"{name}: {task.description}")
-
-
-@app.command()
-def models() -> None:
-    """Say which models can be loaded, and what is installed."""
-    from importlib.metadata import version
-
-    from ivlens.models.loading import BUILT_IN
-    from ivlens.models.smollm2 import cache_folder
-
-    say(f"Built in, offline: {', '.join(BUILT_IN)} (SmolLM2-135M-Instruct, converted once to {cache_folder()})")
-    say(
-        "Any hub id or folder that transformer-lens hooks, a .gguf file, and from Python any Hugging Face or PEFT model"
-    )
-    say(", ".join(f"{name} {version(name)}" for name in ("transformer-lens", "transformers", "torch")))

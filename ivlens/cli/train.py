@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 import ivlens.cli.options as opt
 from ivlens.cli.app import app
-from ivlens.cli.common import load, print_table, read_tasks, readable_errors, report, say, vector_folders
+from ivlens.cli.common import load, look, print_table, read_tasks, readable_errors, report, say, vector_folders
 
 if TYPE_CHECKING:
     from ivlens.dynamics import Change, Recovery
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _HEADS = "effects.safetensors of `ivlens locate`; default: located now"
 Heads = Annotated[Path | None, Option("--heads", help=_HEADS)]
 Top = Annotated[int, Option("--top", help="How many heads make a vector")]
-Asked = Annotated[bool, Option("--ask", help="Put an instruction into each prompt")]
 NPrompts = Annotated[int, Option("--n-prompts", help="Test prompts per task")]
 _METHODS = "lora, fresh_lora, ewc, lwf, replay, o_lora, averaging, iv or fvg; default: lora, or iv"
 
@@ -27,14 +26,16 @@ _METHODS = "lora, fresh_lora, ewc, lwf, replay, o_lora, averaging, iv or fvg; de
 def train(
     task: Annotated[list[str] | None, Argument(help="Built-in tasks to train on")] = None,
     model: opt.Model = "smollm2",
+    group: opt.Group = None,
     file: opt.Files = None,
-    instruction: opt.Told = None,
+    instruction: opt.Instructions = None,
     steps: Annotated[int, Option()] = 100,
     batch_size: Annotated[int, Option()] = 8,
     learning_rate: Annotated[float, Option("--lr")] = 1e-4,
     full: Annotated[bool, Option("--full", help="Train every weight instead of LoRA adapters")] = False,
-    shots: opt.Shots = 0,
-    style: opt.Style = "qa",
+    shots: opt.Shots0 = None,
+    told: opt.Told = None,
+    style: opt.Style = None,
     save_every: Annotated[int | None, Option(help="Keep a checkpoint every so many steps")] = None,
     method: Annotated[str | None, Option(help=_METHODS)] = None,
     vectors: Annotated[Path | None, Option(help="Folder of `ivlens extract`: guide training by these")] = None,
@@ -48,13 +49,13 @@ def train(
         from ivlens.training import fine_tune
         from ivlens.vectors.vector import InstructionVector
 
-        if not task and not file:
+        if not task and not group and not file:
             raise ValueError("name a task to train on, or give --file; `ivlens tasks` lists the built-in ones")
-        suite = read_tasks(task, file, instruction)
+        suite = read_tasks(task, group, file, instruction)
         folders = {} if vectors is None else vector_folders(vectors, suite)
         loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": not full}
-        options |= {"shots": shots, "style": style, "save_every": save_every, "seed": seed}
+        options |= {**look(suite, shots, told, style, 0, tell=True), "save_every": save_every, "seed": seed}
         run = fine_tune(model, suite, folder=out, method=method, vectors=loaded, previous=previous, **options)
         report(out, "Fine-tuning", [Section("Loss", repr(run), [run.plot()])], run.settings)
     print_table(run.to_dataframe()[["step", "loss"]], "Loss on answer tokens (nats)")
@@ -68,13 +69,14 @@ def compare(
     after: Annotated[str, Argument(help="Adapter folder, or a model's folder or name")],
     model: opt.Model = "smollm2",
     task: opt.Tasks = None,
+    group: opt.Group = None,
     file: opt.Files = None,
-    instruction: opt.Told = None,
+    instruction: opt.Instructions = None,
     heads: Heads = None,
     top: Top = 10,
-    shots: opt.Shots = 5,
-    ask: Asked = False,
-    style: opt.Style = "qa",
+    shots: opt.Shots5 = None,
+    told: opt.ToldAtZero = None,
+    style: opt.Style = None,
     n_prompts: NPrompts = 100,
     n_effects: Annotated[int, Option(help="Prompts per task to locate heads on, before and after; 0 for not")] = 8,
     recover: Annotated[bool, Option(help="Put the old vectors back")] = True,
@@ -82,8 +84,9 @@ def compare(
     out: opt.Out = Path("compared"),
 ) -> None:
     """Instruction vectors before and after training, and putting the old ones back."""
-    options = {"shots": shots, "instruction": ask, "style": style, "seed": seed, "n_prompts": n_prompts}
-    _study([after], model, (task, file, instruction), (heads, top), options, n_effects, recover, out, "compare")
+    options, asked = {"seed": seed, "n_prompts": n_prompts}, (shots, told, style)
+    tasks = (task, group, file, instruction)
+    _study([after], model, tasks, asked, (heads, top), options, n_effects, recover, out, "compare")
 
 
 @app.command()
@@ -91,13 +94,14 @@ def track(
     checkpoints: Annotated[list[str], Argument(help="A folder of `ivlens train`, or adapter or model folders")],
     model: opt.Model = "smollm2",
     task: opt.Tasks = None,
+    group: opt.Group = None,
     file: opt.Files = None,
-    instruction: opt.Told = None,
+    instruction: opt.Instructions = None,
     heads: Heads = None,
     top: Top = 10,
-    shots: opt.Shots = 5,
-    ask: Asked = False,
-    style: opt.Style = "qa",
+    shots: opt.Shots5 = None,
+    told: opt.ToldAtZero = None,
+    style: opt.Style = None,
     n_prompts: NPrompts = 100,
     n_effects: Annotated[int, Option(help="Prompts per task to locate heads on at every checkpoint")] = 0,
     recover: Annotated[bool, Option(help="Put the old vectors back at every checkpoint")] = False,
@@ -105,14 +109,16 @@ def track(
     out: opt.Out = Path("tracked"),
 ) -> None:
     """Instruction vectors and accuracy along training. An interrupted run goes on where it stopped."""
-    options = {"shots": shots, "instruction": ask, "style": style, "seed": seed, "n_prompts": n_prompts}
-    _study(checkpoints, model, (task, file, instruction), (heads, top), options, n_effects, recover, out, "track")
+    options, asked = {"seed": seed, "n_prompts": n_prompts}, (shots, told, style)
+    tasks = (task, group, file, instruction)
+    _study(checkpoints, model, tasks, asked, (heads, top), options, n_effects, recover, out, "track")
 
 
 def _study(
     checkpoints: list[str],
     model: str,
-    tasks: tuple[list[str] | None, list[Path] | None, list[str] | None],
+    tasks: tuple[list[str] | None, str | None, list[Path] | None, list[str] | None],
+    asked: tuple[int | None, bool | None, str | None],
     heads: tuple[Path | None, int],
     options: dict[str, Any],
     n_effects: int,
@@ -123,8 +129,10 @@ def _study(
     """Heads and vectors of the base, every checkpoint beside it, and what the old vectors bring back."""
     with readable_errors():
         from ivlens.dynamics import recover, track
+        from ivlens.tasks.suite import as_suite
 
-        suite = read_tasks(*tasks)
+        suite = as_suite(read_tasks(*tasks), answered=True)
+        options |= look(suite, *asked, default=5)
         chosen, vectors = _of_base(model, suite, heads, options, out)
         change = track(checkpoints, suite, chosen, model=model, n_effects=n_effects, folder=out / "change", **options)
         recovery = None
@@ -144,16 +152,16 @@ def _of_base(model: str, suite: TaskSuite, heads: tuple[Path | None, int], optio
     from ivlens.vectors.extraction import extract_vector
 
     hooked = load(model, "bridge")
-    look = {key: value for key, value in options.items() if key != "n_prompts"}
+    asked = {key: value for key, value in options.items() if key != "n_prompts"}
     if heads[0] is None:
-        kind = "shuffled_labels" if look["shots"] >= 2 else "no_instruction"
+        kind = "shuffled_labels" if asked["shots"] >= 2 else "no_instruction"
         look_for = {"n_prompts": 10, "n_mean": 30, "counterfactual": kind, "folder": out / "partial"}
-        effects = locate_heads(hooked, suite, **look_for, **look)
+        effects = locate_heads(hooked, suite, **look_for, **asked)
         effects.save(out / "effects.safetensors")
     else:
         effects = HeadEffects.load(heads[0])
     chosen = effects.top(heads[1])
-    return chosen, {name: extract_vector(hooked, task, chosen, n_prompts=30, **look) for name, task in suite.items()}
+    return chosen, {name: extract_vector(hooked, task, chosen, n_prompts=30, **asked) for name, task in suite.items()}
 
 
 def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: dict[str, Any]) -> list[Any]:
@@ -162,10 +170,10 @@ def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: di
     from ivlens.models.checkpoints import open_checkpoints
 
     able = [name for name, task in suite.items() if all(x.question and x.content for x in task.test)]
-    look, found = {key: options[key] for key in ("n_prompts", "seed")}, []
+    size, found = {key: options[key] for key in ("n_prompts", "seed")}, []
     for checkpoint in open_checkpoints(model, checkpoints)[0] if able else ():
         with checkpoint.use() as hooked:
-            found.append(answer_probabilities(hooked, suite.subset(able), **look))
+            found.append(answer_probabilities(hooked, suite.subset(able), **size))
     return found
 
 

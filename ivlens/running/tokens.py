@@ -53,7 +53,8 @@ def tokenize(
         ids, answer = _encode_pair(backend, prompt, "" if answers is None else answers[i])
         if not ids:
             raise ValueError(f"prompt {i} tokenizes to nothing; give it some text")
-        free = isinstance(prompt, Prompt) and prompt.query.check and not (answers and answers[i])
+        unanswered = isinstance(prompt, Prompt) and (prompt.query.check or not prompt.query.output)
+        free = unanswered and not (answers and answers[i])
         if answers is not None and not answer and not free:
             raise ValueError(f"answer {i} ({answers[i]!r}) tokenizes to nothing; give every prompt an answer with text")
         if backend.n_ctx and len(ids) + len(answer) + spare > backend.n_ctx:

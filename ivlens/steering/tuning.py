@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.patching.residual import Edit, edit_effects
 from ivlens.running.injection import Injection
@@ -25,7 +26,7 @@ from ivlens.vectors.vector import InstructionVector
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["InjectionSearch", "tune_injection"]
+__all__ = ["InjectionSearch", "middle_layers", "tune_injection"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def tune_injection(
     Parameters
     ----------
     vector
-        One, or several of which each is tried at its own layer (residual differences).
+        One, or several of which each is tried at its own layer (residual differences), whatever `layers` says.
     layers, scales
         Default: every layer; 0.5 to 4 times what the heads write (negative for `goal="suppress"`). Of free answers: five layers in
         the middle third; 0.5 to 2 times. A warning says where the best stands at the edge, or is no better than no vector or a
@@ -126,21 +127,40 @@ def tune_injection(
     if goal not in ("induce", "suppress"):
         raise ValueError(f"goal={goal!r} is unknown; choose 'induce' or 'suppress'")
     backend = backend_of(model)
-    vector.check_model(model)
-    layers = tuple(backend.check_layer(x) for x in (range(backend.n_layers) if layers is None else layers))
+    layers, candidates = _placed(backend, vector, range(backend.n_layers) if layers is None else layers)
+    for one in candidates:
+        one.check_model(model)
     sign = 1.0 if goal == "induce" else -1.0
     scales = tuple(sign * s for s in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)) if scales is None else tuple(scales)
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
     prompts = build_prompts(task, n=n_prompts, split=split, **look)
-    both = (vector, random_vector(vector, seed=seed))
-    tries = [Edit({layer: scale * v.vector}) for layer, scale, v in product(layers, scales, both)]
+    both = [(one, random_vector(one, seed=seed)) for one in candidates]
+    tries = [
+        Edit({layer: scale * v.vector}) for (layer, pair), scale in product(zip(layers, both), scales) for v in pair
+    ]
     options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
     values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, **options)
     found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
     n = len({prompt.query for prompt in prompts})
-    search = InjectionSearch(vector, found[..., 0], found[..., 1], baseline.mean().item(), layers, scales, n, goal)
+    means = found[..., 0], found[..., 1], baseline.mean().item()
+    search = InjectionSearch(candidates[0], *means, layers, scales, n, goal, candidates)
     _warn(search)
     return search
+
+
+def middle_layers(n_layers: int) -> Sequence[int]:
+    """Five or so in the middle third, where vectors of free answers are tried."""
+    return range(n_layers // 3, 2 * n_layers // 3 + 1, max(n_layers // 12, 1))
+
+
+def _placed(
+    backend: Backend, vector: InstructionVector | Sequence[InstructionVector], layers: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[InstructionVector, ...]]:
+    """Layers, and the vector to try at each; several vectors have their own."""
+    if isinstance(vector, InstructionVector):
+        layers = tuple(backend.check_layer(x) for x in layers)
+        return layers, (vector,) * len(layers)
+    return tuple(backend.check_layer(v.layer) for v in vector), tuple(vector)
 
 
 def _tune_free(
@@ -156,16 +176,8 @@ def _tune_free(
     batch_size: int,
 ) -> InjectionSearch:
     backend = backend_of(model)
-    n_layers, several = backend.n_layers, not isinstance(vector, InstructionVector)
-    if layers is None:
-        layers = (
-            [v.layer for v in vector]
-            if several
-            else range(n_layers // 3, 2 * n_layers // 3 + 1, max(n_layers // 12, 1))
-        )
-    layers = tuple(backend.check_layer(x) for x in layers)
+    layers, candidates = _placed(backend, vector, middle_layers(backend.n_layers) if layers is None else layers)
     chosen = {k: v for k, v in (("positions", positions), ("how", how)) if v is not None}  # the best keeps them
-    candidates = tuple(vector) if several else (vector,) * len(layers)
     candidates = tuple(replace(v, metadata={**v.metadata, **chosen}) for v in candidates)
     scales = (0.5, 0.75, 1.0, 1.5, 2.0) if scales is None else tuple(scales)
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
