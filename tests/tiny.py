@@ -206,3 +206,17 @@ def answered(model: Any, task: Any, *, split: str = "test", **look: Any) -> Any:
     prompts = ivl.build_prompts(task, split=split, **look)
     own = {p.query: answer for p, answer in zip(prompts, answers(model, prompts, whole=False)) if answer is not None}
     return replace(task, **{split: tuple(replace(x, output=own.get(x, x.output)) for x in task.split(split))})
+
+
+def free_task(name: str = "free", check: str = "even_letters", **more: Any) -> Any:
+    """Questions with free answers, of which a random model's meet the check about half the time; see `even_letters`."""
+    from ivlens.tasks.checks import register_check
+
+    register_check("even_letters")(even_letters)
+    records = [{"input": f"Tell me about {verb}{'ing' * (i % 3)}."} for i, verb in enumerate(VERBS)]
+    wordings = {"instruction": ["Write the past form.", "Be brief."], "held_out": ["Be very brief now."]}
+    return ivl.Task.from_records(records, name=name, check=check, **{**wordings, **more})
+
+
+def even_letters(text: str) -> bool:
+    return sum(c.isalpha() for c in text) % 2 == 0

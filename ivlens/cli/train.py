@@ -131,7 +131,7 @@ def _study(
         from ivlens.dynamics import recover, track
         from ivlens.tasks.suite import as_suite
 
-        suite = as_suite(read_tasks(*tasks), answered=True)
+        suite = as_suite(read_tasks(*tasks), answered=["test"])
         options |= look(suite, *asked, default=5)
         chosen, vectors = _of_base(model, suite, heads, options, out)
         change = track(checkpoints, suite, chosen, model=model, n_effects=n_effects, folder=out / "change", **options)

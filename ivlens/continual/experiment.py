@@ -19,7 +19,7 @@ from ivlens.continual.scoring import Scoring
 from ivlens.models.adapters import describe_config
 from ivlens.models.checkpoints import SETTINGS
 from ivlens.models.loading import as_dtype
-from ivlens.tasks.suite import TaskSuite
+from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.methods import Method
 from ivlens.training.run import LOG
@@ -83,6 +83,9 @@ class Experiment:
         if twice := [name for name in self.general if name in self.sequence]:
             both = f"task(s) {', '.join(twice)} are both trained on and general"
             raise ValueError(f"{both}; leave them out of one of the two")
+        as_suite(self.sequence, answered=["train", self.scoring.split])
+        if self.general:
+            as_suite(self.general, answered=[self.scoring.split])
         if not self.methods or not self.seeds:
             raise ValueError("no methods or no seeds given; pass at least one of each")
         if self.training["lora"] is False:

@@ -75,7 +75,7 @@ def experiment(
     training |= {"dtype": dtype, "save_every": save_every, **arguments}
     return Experiment(
         str(model),
-        load_sequence(sequence) if isinstance(sequence, str) else as_suite(sequence, answered=True),
+        load_sequence(sequence) if isinstance(sequence, str) else as_suite(sequence),
         _general(general),
         {label: as_method(method) for label, method in methods.items()},
         tuple(seeds),
@@ -170,8 +170,7 @@ def collect(
 
 def _general(general: Any) -> TaskSuite:
     tasks = list(general.values()) if isinstance(general, Mapping) else list(general)
-    suite = TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in tasks])
-    return as_suite(suite, answered=True) if tasks else suite
+    return TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in tasks])
 
 
 def _check_stages(what: Experiment) -> None:

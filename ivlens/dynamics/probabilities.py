@@ -120,9 +120,9 @@ def answer_probabilities(
     Raises
     ------
     ValueError
-        If a task's examples have no question or content.
+        If a task's examples have no question, content or output.
     """
-    suite, backend = as_suite(tasks), backend_of(model)
+    suite, backend = as_suite(tasks, answered=[split]), backend_of(model)
     found: dict[str, dict[str, Tensor]] = {"knowledge": {}, "instruction": {}, "tokens": {}}
     queries: dict[str, list[str]] = {}
     options: dict[str, Any] = {"instruction": instruction, "style": style, "split": split, "seed": seed}

@@ -78,7 +78,7 @@ def recover(
     folder
         Where to keep what is done, so that an interrupted run goes on there.
     """
-    suite = as_suite(tasks, answered=True)
+    suite = as_suite(tasks, answered=["valid", "test"])
     if missing := [name for name in suite if name not in vectors]:
         raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
     single = isinstance(checkpoints, (str, Path))

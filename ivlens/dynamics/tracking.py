@@ -85,7 +85,7 @@ def track(
         If a checkpoint has another architecture or vocabulary, or an adapter another base. One with a missing or truncated
         file is left out with a warning, and named in `skipped`.
     """
-    suite = as_suite(tasks, answered=True)
+    suite = as_suite(tasks, answered=[split])
     heads = heads.top(10) if isinstance(heads, HeadEffects) else [Head(*h) for h in heads]
     single = isinstance(checkpoints, (str, Path))
     opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)

@@ -72,17 +72,19 @@ def read_heads(
     batch_size: int = 8,
     progress: bool = False,
 ) -> Reading:
-    """`head_outputs`, and with `resid` the residual streams of the same prompts."""
+    """`head_outputs`, and with `resid` the residual streams of the same prompts; `which` of those given they are."""
     backend = backend_of(model)
     backend.check_hooks()
     rows = tokenize(backend, prompts)
+    if only_correct and not all(row.answer for row in rows):
+        raise ValueError("only_correct=True needs prompts with a right answer, and some have none; leave it out")
     # Scored by the first token of the answer, which needs no answer tokens in the input.
     rows = [TokenizedPrompt(r.prompt, r.answer[:1] if only_correct else ()) for r in rows]
     with tqdm(total=len(rows), desc="mean head outputs", disable=not progress) as bar, in_float32(backend.model):
         read = read_prompts(backend, rows, z=True, resid=resid, batch_size=batch_size, bar=bar)
     if only_correct:
         right = read.scores["accuracy"] == 1
-        read = Reading(read.z[right], read.resid[right] if resid else None)
+        read = Reading(read.z[right], read.resid[right] if resid else None, which=right.nonzero()[:, 0].tolist())
     if not len(read.z):
         raise ValueError("the model answers none of the prompts correctly; use more shots or only_correct=False")
     check_finite(read.z, next(backend.model.parameters()).dtype)

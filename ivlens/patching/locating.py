@@ -96,6 +96,11 @@ def locate_heads(
     check_metric(metric)
     if n_prompts < 1 or n_mean < 1:
         raise ValueError(f"n_prompts={n_prompts} and n_mean={n_mean} must be 1 or more")
+    if True in free and (only_correct or answer_tokens < 1):
+        given = (
+            "only_correct=True counts right answers" if only_correct else f"answer_tokens={answer_tokens} is below 1"
+        )
+        raise ValueError(f"{given}, but some tasks have free answers: leave it out, or give a number from 1 on")
     if shots == 0 and (instruction is False or instruction is None):
         said = "with shots=0 and instruction=False no prompt states its task"
         raise ValueError(f"{said}: there is nothing to locate; pass shots=10 or instruction=True")
@@ -158,7 +163,7 @@ def _distractors(backend: Backend, prompts: Sequence[Prompt], task: Task) -> lis
     wrong = []
     for prompt in prompts:
         (own,) = tokenize(backend, [prompt])
-        examples = (x for x in prompt.demonstrations + task.train if x.output != prompt.query.output)
+        examples = (x for x in prompt.demonstrations + task.train if x.output not in ("", prompt.query.output))
         others = dict.fromkeys(Prompt(x, style=prompt.style).answer for x in examples)
         other = next((x for x in others if tokenize(backend, [prompt], [x])[0].answer[0] != own.answer[0]), None)
         if other is None:

@@ -42,6 +42,8 @@ def own_answers(
 ) -> OwnAnswers:
     """The model's first answer to each prompt that passes its check (rejection sampling; our choice).
 
+    In style `qa`, whose answers begin with a space of their own, without the white space that it begins with.
+
     Parameters
     ----------
     tries
@@ -52,26 +54,36 @@ def own_answers(
     Raises
     ------
     ValueError
-        If no answer passes.
+        If no answer passes, or a prompt has no check.
+    RuntimeError
+        If a check raises.
     """
-    checks = sorted({prompt.query.check for prompt in prompts if prompt.query.check})
-    about = key(backend.model, prompts, [check_source(x) for x in checks], tries, temperature, max_new_tokens, seed)
+    if tries < 1 or max_new_tokens < 1 or not (temperature > 0 or tries == 1):
+        given = f"tries={tries}, max_new_tokens={max_new_tokens} and temperature={temperature}"
+        raise ValueError(f"{given}: the first two must be 1 or more, the last above 0")
+    if unchecked := [prompt for prompt in prompts if not prompt.query.check]:
+        said = f"{len(unchecked)} of {len(prompts)} prompts of task {unchecked[0].task!r} have no check"
+        raise ValueError(f"{said} that a model's own answers could pass; give every example one, or an output")
+    checks = sorted({prompt.query.check for prompt in prompts})
+    sampling = (tries, temperature, max_new_tokens, batch_size, seed)  # other batches draw other samples
+    about = key(backend.model, prompts, [check_source(x) for x in checks], *sampling)
     path = None if folder is None else Path(folder) / f"answers-{about}.json"
     if path is not None and path.exists():
-        texts, tried = read_json(path, "own answers")["texts"], read_json(path, "own answers")["tried"]
+        found = read_json(path, "own answers")
+        texts, tried = found["texts"], found["tried"]
     else:
         texts, tried = _sampled(backend, prompts, tries, temperature, max_new_tokens, batch_size, seed)
         if path is not None:
             write_json(path, "own answers", {"texts": texts, "tried": tried})
     kept = [
-        replace(p, query=replace(p.query, output=text))
+        replace(p, query=replace(p.query, output=text.strip() if p.style == "qa" else text))
         for p, text in zip(prompts, texts, strict=True)
         if text is not None
     ]
     if not kept:
         raise ValueError(
             f"none of {tried} answers to {len(prompts)} prompts of task {prompts[0].task!r} meets its check ({', '.join(checks)}): word "
-            "the instruction otherwise, show demonstrations (shots=), or raise tries= or max_new_tokens="
+            "the instruction otherwise, or raise tries= or max_new_tokens="
         )
     return OwnAnswers(kept, len(prompts), tried)
 

@@ -27,11 +27,13 @@ class Reading:
     """Heads' outputs and residual streams after each layer at one position, on the CPU; None where not asked for.
 
     `scores` are `accuracy` and `log_probability` of the whole answer, teacher-forced (see `scores.measure`); empty without answers.
+    `which` of the prompts given are here; None for all.
     """
 
     z: Float[Tensor, "prompt layer head d_head"] | None = None
     resid: Float[Tensor, "prompt layer d_model"] | None = None
     scores: dict[str, Float[Tensor, " prompt"]] = field(default_factory=dict)
+    which: list[int] | None = None
 
 
 @without_training

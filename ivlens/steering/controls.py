@@ -82,5 +82,6 @@ def _random_heads(model: Any, task: Task, vector: InstructionVector, seed: str) 
     rest = [head for head in rest if head not in vector.heads]
     heads = random.Random(seed).sample(rest, min(len(vector.heads), len(rest)))
     look = ("shots", "instruction", "style", "template", "way")
-    options = {k: vector.metadata[k] for k in look if k in vector.metadata}
+    options = {"shots": 0, "instruction": True} if task.is_checked else {}
+    options |= {k: vector.metadata[k] for k in look if k in vector.metadata}
     return extract_vector(model, task, heads, n_prompts=20, seed=int(seed.split("/")[0]), **options)

@@ -96,17 +96,17 @@ def passes(check: str, text: str, *, loose: bool = False) -> bool:
                 return True
         except Exception as error:
             raise RuntimeError(
-                f"check {check!r} raised {type(error).__name__} ({error}) on the answer {variant[:80]!r}; a check takes any text and "
-                "gives True or False"
+                f"check {check!r} raised {type(error).__name__} ({error}) on {variant[:80]!r}; it must give True or False of any text"
             ) from error
     return False
 
 
 def check_source(check: str) -> str:
-    """The code behind a check, so that what was kept under its name isn't taken for another's."""
+    """The code behind a check, of built-in ones with all they call, so that what was kept under its name isn't another's."""
     function, _ = parse_check(check)
+    built_in = getattr(function, "__module__", None) == __name__
     try:
-        return inspect.getsource(function)
+        return "".join(map(inspect.getsource, map(inspect.getmodule, (function, words_of)) if built_in else [function]))
     except (OSError, TypeError):
         return repr(getattr(function, "__code__", function).co_code if hasattr(function, "__code__") else function)
 

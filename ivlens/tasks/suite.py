@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -110,12 +111,14 @@ def load_tasks(names: str | Iterable[str] | None = None, *, group: str | None = 
     return TaskSuite(_load(name) for name in names)
 
 
-def as_suite(tasks: Task | Iterable[Task] | Mapping[str, Task], *, answered: bool = False) -> TaskSuite:
-    """One task, a list of tasks or a mapping of tasks as a suite; an empty one is an error, and one without right answers if asked."""
+def as_suite(tasks: Task | Iterable[Task] | Mapping[str, Task], *, answered: Sequence[str] = ()) -> TaskSuite:
+    """One task, a list of tasks or a mapping of tasks as a suite; an empty one is an error, and so are examples without an output in
+    the splits that must be `answered`."""
     suite = TaskSuite([tasks] if isinstance(tasks, Task) else tasks.values() if isinstance(tasks, Mapping) else tasks)
     if not len(suite):
         raise ValueError("no tasks given; pass at least one, such as ivl.load_tasks(['present_past'])")
-    if free := [task.name for task in suite.values() if answered and not all(x.output for x in task.train + task.test)]:
-        said = f"task {free[0]!r} has free answers, and no right ones to train on or be scored by"
-        raise ValueError(f"{said}; give its examples an output each, or take a task that has them")
+    for name, split in itertools.product(suite, answered):
+        if bare := sum(not x.output for x in suite[name].split(split)):
+            said = f"task {name!r} has free answers, and {bare} of its {split} examples no right one to train on or be scored by"
+            raise ValueError(f"{said}; give each an output, such as the model's own answer that passes the check")
     return suite

@@ -34,7 +34,7 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: 
     Raises
     ------
     ValueError
-        If an answer tokenizes to nothing, or prompt and answer are longer than the context.
+        If there is no answer or it tokenizes to nothing, or prompt and answer are longer than the context.
     """
     import datasets
 
@@ -49,6 +49,9 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: 
                 raise
             skipped.append(f"{prompt.task}, {prompt.source}")
             continue
+        if not row.answer:
+            said = f"{prompt.source or 'a prompt'} of task {prompt.task!r} ({prompt.query.input[:40]!r}) has no answer to train on"
+            raise ValueError(f"{said}; give its example an output")
         ids = [*row.prompt, *row.answer, *_end(backend, prompt)]
         labels = [IGNORED] * len(row.prompt) + ids[len(row.prompt) :]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "task": prompt.task})

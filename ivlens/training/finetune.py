@@ -98,7 +98,7 @@ def fine_tune(
     """
     from ivlens.training.methods import Stage, as_method
 
-    suite, folder = as_suite(tasks, answered=True), Path(folder)
+    suite, folder = as_suite(tasks, answered=["train"]), Path(folder)
     chosen = as_method(("lora" if vectors is None else "iv") if method is None else method)
     chosen.check(suite.names, vectors)
     if chosen.fresh and not isinstance(lora, bool):

@@ -104,7 +104,7 @@ def extract_vector(
     if way not in WAYS:
         raise ValueError(f"way={way!r} is unknown; choose one of {', '.join(WAYS)}")
     if (heads is None) != (way == "residual") or (layer is None) == (way == "residual"):
-        needs = "layer=, and no heads" if way == "residual" else "heads, such as effects.top(10), and no layer"
+        needs = "layer=, and no heads" if way == "residual" else "heads, such as effects.top(10), and no layer="
         raise ValueError(f"way={way!r} needs {needs}")
     heads = heads.top(10) if isinstance(heads, HeadEffects) else heads
     if isinstance(task, Task):
@@ -118,9 +118,13 @@ def extract_vector(
     about |= {"only_correct": only_correct, "way": way}
     if prompts and prompts[0].query.check:
         about["positions"] = "generated"  # the form of an answer is decided all along it
+    untold = None if way == "heads" else counterfactual(prompts, "no_instruction")
+    if prompts and untold == prompts:
+        raise ValueError(f"way={way!r} of prompts that state no task is zero; pass instruction=True or shots=10")
     options: dict[str, Any] = {"resid": True, "batch_size": batch_size, "progress": progress}
     read = read_heads(model, prompts, only_correct=only_correct, **options)
-    bare = None if way == "heads" else read_heads(model, counterfactual(prompts, "no_instruction"), **options)
+    counted = range(len(prompts)) if read.which is None else read.which
+    bare = None if untold is None else read_heads(model, [untold[i] for i in counted], **options)
     if way == "residual":
         backend = backend_of(model)
         layer = backend.check_layer(layer)
