@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 import ivlens as ivl
 from ivlens.common.keys import key
@@ -242,5 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -32,45 +33,45 @@ class Unsteered:
     """
 
     def __init__(self, backend: Backend, bare: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 64):
-        self.backend, self.bare, self.batch_size = backend, bare, batch_size
+        self.backend, self.bare, self.batch_size = backend, list(bare), batch_size
         self.answers = written(backend, bare, {0: None}, max_new_tokens=max_new_tokens, batch_size=batch_size)[0]
 
-    def scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Of one answer per question: `met` and `met_loose` (0 or 1), `topic` and `surprise` (nats per token).
+    def scores(self, *several: Sequence[str]) -> list[list[dict[str, float]]]:
+        """Of several conditions' answers, one per question each: `met` and `met_loose` (0 or 1), `topic` and `surprise` (nats per
+        token).
 
         `topic`: how much likelier this answer, rather than the one to the next question, makes the unsteered answer that it stands
         before; 0 where answers say nothing of their questions. ROUGE-L told right from wrong questions less well, above all
         between languages. `surprise`: minus the log-probability that the unsteered model gives it after the bare question;
         its exponential is the perplexity.
         """
-        topic = self._likelihood(texts) - self._likelihood([*texts[1:], *texts[:1]])
+        own = self._likelihood([text for texts in several for text in texts])
+        other = self._likelihood([text for texts in several for text in [*texts[1:], *texts[:1]]])
+        surprise = self._surprise([text for texts in several for text in texts])
         rows = []
-        for prompt, text, on_topic, surprise in zip(self.bare, texts, topic, self._surprise(texts)):
-            met = {
-                f"met{'_loose' * loose}": float(passes(prompt.query.check, text, loose=loose))
-                for loose in (False, True)
-            }
-            rows.append({**met, "topic": float(on_topic), "surprise": float(surprise)})
-        return rows
+        for prompt, text, *values in zip(self.bare * len(several), itertools.chain(*several), own - other, surprise):
+            check = prompt.query.check
+            met = {"met": float(passes(check, text)), "met_loose": float(passes(check, text, loose=True))}
+            rows.append({**met, "topic": float(values[0]), "surprise": float(values[1])})
+        return [rows[i : i + len(self.bare)] for i in range(0, len(rows), len(self.bare))]
 
     def _likelihood(self, texts: Sequence[str]) -> np.ndarray:
         """Log-probability per token of the unsteered answers, each after the text given."""
+        answers = self.answers * (len(texts) // len(self.answers))
         found = np.zeros(len(texts))
-        some = [i for i, answer in enumerate(self.answers) if answer.strip()]
+        some = [i for i, answer in enumerate(answers) if answer.strip()]
         if some:
-            before, after = [f"{texts[i].strip()}\n\n" for i in some], [self.answers[i] for i in some]
+            before, after = [f"{texts[i].strip()}\n\n" for i in some], [answers[i] for i in some]
             found[some] = self._per_token(tokenize(self.backend, before, after))
         return found
 
     def _surprise(self, texts: Sequence[str]) -> np.ndarray:
-        rows = [TokenizedPrompt(row.prompt) for row in tokenize(self.backend, self.bare)]
-        answers = [
-            tokenize(self.backend, [torch.tensor(row.prompt)], [text])[0].answer
-            if text.strip()
-            else self.backend.end_tokens[:1]
-            for row, text in zip(rows, texts)
-        ]
-        return -self._per_token([TokenizedPrompt(row.prompt, tuple(a)) for row, a in zip(rows, answers)])
+        rows = []
+        for row, text in zip(tokenize(self.backend, self.bare) * (len(texts) // len(self.bare)), texts):
+            prompt = torch.tensor(row.prompt)
+            answer = tokenize(self.backend, [prompt], [text])[0].answer if text.strip() else self.backend.end_tokens[:1]
+            rows.append(TokenizedPrompt(row.prompt, tuple(answer)))
+        return -self._per_token(rows)
 
     def _per_token(self, rows: Sequence[TokenizedPrompt]) -> np.ndarray:
         done = complete(self.backend, rows, {0: None}, batch_size=self.batch_size)[0]
@@ -120,8 +121,9 @@ def score_free(
             told[("told − random vector", draw)] = -injection
     rows = []
     for prompts, some in zip(asked, (conditions, told)):
-        for (condition, draw), texts in written(backend, prompts, some, **lengths).items():
-            for i, (prompt, text, scores) in enumerate(zip(prompts, texts, unsteered.scores(texts))):
+        answers = written(backend, prompts, some, **lengths)
+        for ((condition, draw), texts), each in zip(answers.items(), unsteered.scores(*answers.values())):
+            for i, (prompt, text, scores) in enumerate(zip(prompts, texts, each)):
                 row = {"task": task, "condition": condition, "draw": draw, "prompt": i, **scores}
                 query = prompt.query
                 rows.append(

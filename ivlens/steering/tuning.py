@@ -19,7 +19,7 @@ from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
 from ivlens.steering.compliance import Unsteered, balance, written
 from ivlens.steering.controls import random_vector
-from ivlens.tasks.prompts import build_prompts
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
 from ivlens.vectors.vector import InstructionVector
 
@@ -183,27 +183,42 @@ def _tune_free(
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     bare, told = (build_prompts(task, instruction=told, **look) for told in (False, True))
     unsteered = Unsteered(backend, bare, **lengths)
-    best_possible = _means(unsteered.scores(written(backend, told, {0: None}, **lengths)[0]))
+    told_texts = written(backend, told, {0: None}, **lengths)[0]
+    reached, nothing = map(_means, unsteered.scores(told_texts, unsteered.answers))
 
-    def balanced(tries: Mapping[Any, tuple[InstructionVector, int, float]]) -> dict[Any, float]:
+    def balanced(tries: Sequence[tuple[InstructionVector, int, float]]) -> list[float]:
         options = {"positions": positions, "how": how}
-        each = {
-            k: Injection.of(backend, v, layer=layer, scale=scale, **options) for k, (v, layer, scale) in tries.items()
-        }
-        texts = written(backend, bare, each, **lengths)
-        return {k: balance(_means(unsteered.scores(some)), best_possible)["balance"] for k, some in texts.items()}
+        each = [Injection.of(backend, v, layer=layer, scale=scale, **options) for v, layer, scale in tries]
+        found = unsteered.scores(*_all_at_once(backend, bare, each, lengths))
+        return [balance(_means(scores), reached)["balance"] for scores in found]
 
-    tries = {(i, j): (v, layers[i], scale) for i, v in enumerate(candidates) for j, scale in enumerate(scales)}
-    found = torch.tensor(list(balanced(tries).values())).view(len(layers), len(scales))
-    nothing = balance(_means(unsteered.scores(unsteered.answers)), best_possible)["balance"]
-    control = torch.full(found.shape, torch.nan)
+    tries = [(v, layer, scale) for v, layer in zip(candidates, layers) for scale in scales]
+    found = torch.tensor(balanced(tries)).view(len(layers), len(scales))
+    control, baseline = torch.full(found.shape, torch.nan), balance(nothing, reached)["balance"]
     about = (len(bare), "induce", candidates, "balance")
-    search = InjectionSearch(candidates[0], found, control, nothing, layers, scales, *about)
+    search = InjectionSearch(candidates[0], found, control, baseline, layers, scales, *about)
     best = search.best
     at = (layers.index(best.layer), scales.index(best.scale))
-    control[at] = balanced({0: (random_vector(best, seed=look["seed"]), best.layer, best.scale)})[0]
+    control[at] = balanced([(random_vector(best, seed=look["seed"]), best.layer, best.scale)])[0]
     _warn(search)
     return search
+
+
+def _all_at_once(
+    backend: Backend, prompts: Sequence[Prompt], injections: Sequence[Injection], lengths: Mapping[str, int]
+) -> list[list[str]]:
+    """Answers under each injection: where these only add, as the rows of one batch, each with its own vector."""
+    if any(x.targets for x in injections):
+        return list(written(backend, prompts, dict(enumerate(injections)), **lengths).values())
+    nothing, n = torch.zeros(backend.d_model), len(prompts)
+    additions = {
+        layer: torch.stack([x.additions.get(layer, nothing) for x in injections]).repeat_interleave(n, dim=0)
+        for layer in sorted({layer for x in injections for layer in x.additions})
+    }
+    texts = written(
+        backend, [*prompts] * len(injections), {0: Injection(additions, injections[0].positions)}, **lengths
+    )[0]
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
 def _means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
