@@ -45,6 +45,7 @@ _HOME = {
     "write_report": "ivlens.report",
     "passes": "ivlens.tasks.checks",
     "register_check": "ivlens.tasks.checks",
+    "with_own_answers": "ivlens.running.answers",
     "Generations": "ivlens.steering.generate",
     "Gate": "ivlens.steering.gate",
     "fit_gate": "ivlens.steering.gate",

@@ -12,7 +12,7 @@ import torch
 import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.patching.heads import head_effects, mean_head_outputs
-from ivlens.running.answers import own_answers
+from ivlens.running.answers import own_answers, with_own_answers
 from ivlens.running.tokens import tokenize
 from ivlens.tasks import answers as words
 from ivlens.tasks import checks
@@ -211,3 +211,18 @@ def test_free_tasks_that_cannot_be_located_as_asked_are_refused(model, free, tas
             ivl.locate_heads(model, **{"tasks": free, "progress": False, "n_prompts": 4, **LOOK, **more})
     with pytest.raises(ValueError, match="only_correct=True needs prompts with a right answer"):
         mean_head_outputs(model, ivl.build_prompts(free, n=3), only_correct=True)
+
+
+def test_a_task_with_own_answers_can_be_tracked_probed_and_trained_on(model, free, tmp_path):
+    options = {"style": "qa", "instruction": 0, "max_new_tokens": TOKENS}
+    own = with_own_answers(model, free, splits=("train", "test"), folder=tmp_path, **options)
+    assert own.train and own.test and not own.valid and own.check == free.check
+    for split in ("train", "test"):
+        prompts = ivl.build_prompts(free, split=split, instruction=0)
+        expected = own_answers(backend_of(model), prompts, max_new_tokens=TOKENS).prompts
+        assert [(x.input, x.output) for x in own.split(split)] == [(p.query.input, p.query.output) for p in expected]
+        assert all(passes(x.check, x.output) for x in own.split(split))
+    change = ivl.track(
+        [model], own, [(0, 1)], model=model, shots=0, instruction=0, n_prompts=2, n_mean=2, progress=False
+    )
+    assert (change.points()["iv_similarity"] > 0.999).all()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ivlens.common.keys import key
 from ivlens.common.storage import read_json, write_json
 from ivlens.models.backend import Backend
+from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.checks import check_source, passes
-from ivlens.tasks.prompts import Prompt, common_stop
+from ivlens.tasks.examples import SPLITS, Example
+from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
+from ivlens.tasks.task import Task
 
-__all__ = ["OwnAnswers", "own_answers"]
+__all__ = ["OwnAnswers", "own_answers", "with_own_answers"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,45 @@ def own_answers(
             "the instruction otherwise, or raise tries= or max_new_tokens="
         )
     return OwnAnswers(kept, len(prompts), tried)
+
+
+def with_own_answers(
+    model: Any,
+    task: Task,
+    *,
+    style: str = "chat",
+    shots: int = 0,
+    instruction: bool | str | int = True,
+    template: Mapping[str, Any] | None = None,
+    splits: Sequence[str] = ("train", "valid", "test"),
+    tries: int = 4,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> Task:
+    """A task with a check whose outputs are the model's own answers that pass it, so that it can be tracked, probed, trained on.
+
+    Parameters
+    ----------
+    style, shots, instruction, template
+        How the model is asked; see `build_prompts`.
+    splits
+        Which to answer; examples without an answer that passes are left out, and all of the other splits.
+    tries, max_new_tokens, folder
+        As in `own_answers`.
+
+    Raises
+    ------
+    ValueError
+        If none of a split's answers passes.
+    """
+    look = {"style": style, "shots": shots, "instruction": instruction, "template": template, "seed": seed}
+    sampling = {"tries": tries, "max_new_tokens": max_new_tokens, "seed": seed, "folder": folder}
+    found: dict[str, tuple[Example, ...]] = dict.fromkeys(SPLITS, ())
+    for split in splits:
+        answered = own_answers(backend_of(model), build_prompts(task, split=split, **look), **sampling)
+        found[split] = tuple(prompt.query for prompt in answered.prompts)
+    return replace(task, **found)
 
 
 def _sampled(

@@ -120,5 +120,5 @@ def as_suite(tasks: Task | Iterable[Task] | Mapping[str, Task], *, answered: Seq
     for name, split in itertools.product(suite, answered):
         if bare := sum(not x.output for x in suite[name].split(split)):
             said = f"task {name!r} has free answers, and {bare} of its {split} examples no right one to train on or be scored by"
-            raise ValueError(f"{said}; give each an output, such as the model's own answer that passes the check")
+            raise ValueError(f"{said}; give each an output, or the model's own: ivl.with_own_answers")
     return suite
