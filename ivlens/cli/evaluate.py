@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ivlens.steering.evaluation import Evaluation
 
 
+_REFERENCE = "Also score prompts with this many demonstrations; default: 10, but not where answers are free"
+
+
 @app.command()
 def evaluate(
     vectors: Annotated[Path | None, Option("--vectors", help="Folder that `ivlens extract` wrote")] = None,
@@ -30,7 +33,7 @@ def evaluate(
     shots: opt.Shots0 = None,
     told: opt.NotTold = None,
     style: opt.Style = None,
-    reference_shots: Annotated[int | None, Option(help="Also score prompts with this many demonstrations")] = 10,
+    reference_shots: Annotated[int | None, Option(help=_REFERENCE)] = None,
     layer: opt.Layer = None,
     scale: opt.Scale = None,
     mode: opt.Mode = "sum",
@@ -49,11 +52,12 @@ def evaluate(
         folders = {} if vectors is None else vector_folders(vectors, suite)
         loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}
-        options |= {**look(suite, shots, told, style, 0, tell=False), "reference_shots": reference_shots}
+        free = all(task.is_checked for task in suite.values())
+        reference = 10 if reference_shots is None and not free else reference_shots
+        options |= {**look(suite, shots, told, style, 0, tell=False), "reference_shots": reference}
         options |= {"n_prompts": n_prompts, "max_new_tokens": max_new_tokens, "seed": seed, "vectors": loaded}
         result = score(load(model, backend, adapter, device), suite, **options)
         result.save(out / "evaluation.json")
-        free = "met" in result.metrics
         sections = _free(result) if free else _scores(result, loaded is not None)
         report(out, "Evaluation", sections, result.metadata)
     if free:

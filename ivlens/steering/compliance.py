@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 
 from ivlens.models.backend import Backend
 from ivlens.running.decoding import complete
@@ -18,7 +19,7 @@ from ivlens.tasks.checks import passes
 from ivlens.tasks.prompts import Prompt
 from ivlens.tasks.task import same_input
 
-__all__ = ["Unsteered", "balance", "score_free", "written"]
+__all__ = ["Unsteered", "balance", "balance_table", "score_free", "told_by", "written"]
 
 Condition = tuple[str, int]  # its name, and which draw of a random control
 
@@ -66,16 +67,21 @@ class Unsteered:
         return found
 
     def _surprise(self, texts: Sequence[str]) -> np.ndarray:
-        rows = []
-        for row, text in zip(tokenize(self.backend, self.bare) * (len(texts) // len(self.bare)), texts):
-            prompt = torch.tensor(row.prompt)
-            answer = tokenize(self.backend, [prompt], [text])[0].answer if text.strip() else self.backend.end_tokens[:1]
-            rows.append(TokenizedPrompt(row.prompt, tuple(answer)))
-        return -self._per_token(rows)
+        asked = self.bare * (len(texts) // len(self.bare))
+        rows = tokenize(
+            self.backend, [replace(p, query=replace(p.query, output=x.strip())) for p, x in zip(asked, texts)]
+        )
+        # An answer that says nothing is the end of text.
+        return -self._per_token([replace(x, answer=x.answer or self.backend.end_tokens[:1]) for x in rows])
 
     def _per_token(self, rows: Sequence[TokenizedPrompt]) -> np.ndarray:
         done = complete(self.backend, rows, {0: None}, batch_size=self.batch_size)[0]
         return np.array(done.log_probability) / [max(len(row.answer), 1) for row in rows]
+
+
+def told_by(instruction: bool | str | int | None) -> bool | str | int:
+    """The instruction of told questions: what is given, the first wording (0) included, and else a wording drawn per question."""
+    return True if instruction is None or instruction is False else instruction
 
 
 def written(
@@ -102,6 +108,16 @@ def balance(scores: Mapping[str, float], told: Mapping[str, float]) -> dict[str,
     parts = [scores["met"], fluent, *([on_topic] if on_topic == on_topic else [])]
     mean = len(parts) / sum(1 / x for x in parts) if min(parts) > 0 else 0.0
     return {"met": scores["met"], "on_topic": on_topic, "fluent": fluent, "balance": mean}
+
+
+def balance_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """`balance` of every task and condition, and the perplexity."""
+    means = scores.groupby(["task", "condition"], sort=False)[["met", "topic", "surprise"]].mean()
+    rows = []
+    for (task, condition), of in means.iterrows():
+        shares = balance(of, means.loc[task, "told"])
+        rows.append({"task": task, "condition": condition, **shares, "perplexity": math.exp(of["surprise"])})
+    return pd.DataFrame(rows)
 
 
 def score_free(

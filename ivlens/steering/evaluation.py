@@ -20,7 +20,7 @@ from ivlens.running.decoding import complete
 from ivlens.running.injection import Injection
 from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import room_for, tokenize
-from ivlens.steering.compliance import Unsteered, balance, score_free
+from ivlens.steering.compliance import Unsteered, balance_table, score_free, told_by
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.steering.generate import Generations
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
@@ -91,12 +91,9 @@ class Evaluation:
     def balance(self) -> pd.DataFrame:
         """Of free answers, one row per task and condition: the constraint met, on topic and fluent (shares of what told answers
         reach, at most 1), their harmonic mean, and perplexity; see `compliance`."""
-        means = self.scores.groupby(["task", "condition"], sort=False)[list(FREE)].mean()
-        rows = []
-        for (task, condition), of in means.iterrows():
-            shares = balance(of, means.loc[task, "told"])
-            rows.append({"task": task, "condition": condition, **shares, "perplexity": math.exp(of["surprise"])})
-        return pd.DataFrame(rows)
+        if "met" not in self.metrics:
+            raise ValueError(f"no free answers were scored; there are {', '.join(self.metrics)}")
+        return balance_table(self.scores[self.scores["met"].notna()])
 
     def answers(self, task: str | None = None) -> Generations:
         """What was written, side by side: one row per prompt, one column per condition (of random controls, the first draw)."""
@@ -111,13 +108,14 @@ class Evaluation:
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
         prompts = ["task", "prompt", "query"]
-        table = self.scores.pivot_table(index=prompts, columns="condition", values=metric, sort=False)
+        measured = self.scores[self.scores[metric].notna()]  # of tasks of this kind
+        table = measured.pivot_table(index=prompts, columns="condition", values=metric, sort=False)
         rows = []
-        for condition in self.conditions:
+        for condition in measured["condition"].unique():
             if condition == BASELINE:
                 continue
             parts = {}
-            for task in self.task_names:
+            for task in measured["task"].unique():
                 pair = table.loc[task, [condition, BASELINE]]
                 if pair[condition].notna().any():
                     parts[task] = pair[condition] - pair[BASELINE]
@@ -226,7 +224,12 @@ def evaluate(
     """
     suite = as_suite(tasks)
     backend = backend_of(model)
-    for what, given, known in (("metric", metrics or (), GOLD), ("control", controls, CONTROLS)):
+    kinds = {task.is_checked for task in suite.values()}
+    measurable = (*(GOLD if False in kinds else ()), *(FREE if True in kinds else ()))
+    if False not in kinds and reference_shots is not None:
+        raise ValueError("reference_shots is for tasks with one right answer, and these have free ones; leave it out")
+    gold = [name for name in metrics or () if name in GOLD] or GOLD
+    for what, given, known in (("metric", metrics or (), measurable), ("control", controls, CONTROLS)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"{what} {unknown[0]!r} is unknown; choose from {', '.join(known)}")
     if isinstance(vectors, InstructionVector):
@@ -246,8 +249,8 @@ def evaluate(
                 for name, some in drawn.items():
                     conditions |= {(name, i): Injection.of(backend, v, **options) for i, v in enumerate(some)}
             if task.is_checked:
-                again = {**look, "shots": shots, "n": n_prompts}
-                asked = [build_prompts(task, **{**again, "instruction": told}) for told in (False, instruction or True)]
+                again = [{**look, "instruction": x, "shots": shots} for x in (False, told_by(instruction))]
+                asked = [build_prompts(task, n=n_prompts, **x) for x in again]
                 unsteered = Unsteered(backend_of(reference or model), asked[0], **lengths)
                 rows += score_free(backend, task.name, asked, conditions, unsteered, lengths)
                 bar.update()
@@ -257,9 +260,12 @@ def evaluate(
                 asked.append((reference_shots, {(f"{reference_shots} demonstrations", 0): None}))
             for n_shots, some in asked:
                 prompts = build_prompts(task, n=n_prompts, shots=n_shots, **look)
-                rows += _score(backend, task, prompts, some, metrics or GOLD, batch_size)
+                rows += _score(backend, task, prompts, some, gold, batch_size)
             bar.update()
-    return Evaluation(pd.DataFrame(rows), {"model": backend.name, "shots": shots, **look, **options})
+    about = {"model": backend.name, "shots": shots, **look, **options}
+    if True in kinds:
+        about |= {"max_new_tokens": max_new_tokens, "reference": backend_of(reference or model).name}
+    return Evaluation(pd.DataFrame(rows), about)
 
 
 def _score(

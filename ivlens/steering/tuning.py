@@ -17,7 +17,7 @@ from ivlens.models.backends import backend_of
 from ivlens.patching.residual import Edit, edit_effects
 from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
-from ivlens.steering.compliance import Unsteered, balance, written
+from ivlens.steering.compliance import Unsteered, balance, told_by, written
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
@@ -117,13 +117,26 @@ def tune_injection(
     goal
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
     shots, instruction, style, template
-        How the prompts look; see `build_prompts`.
+        How the prompts look; see `build_prompts`. Of free answers, `instruction` is that of the told ones beside bare questions.
     positions, how, max_new_tokens
         Of free answers: as in `inject`, kept with the best vector; and how long answers may be.
     """
     if task.is_checked:
+        if (goal, method, max_rows) != ("induce", "auto", None):
+            given = f"goal={goal!r}, method={method!r} and max_rows={max_rows}"
+            raise ValueError(
+                f"{given}: the answers of {task.name!r} are free, so vectors only induce, and are decoded; leave them out"
+            )
         look = {"shots": shots, "style": style, "template": template, "seed": seed, "n": n_prompts, "split": split}
-        return _tune_free(model, task, vector, layers, scales, look, positions, how, max_new_tokens, batch_size)
+        asked = [build_prompts(task, **look, instruction=x) for x in (False, told_by(instruction))]
+        search = _tune_free(model, asked, vector, layers, scales, positions, how, max_new_tokens, batch_size, seed)
+        _warn(search)
+        return search
+    if positions is not None or how is not None:
+        given = f"positions={positions!r} and how={how!r} are tried with free answers"
+        raise ValueError(
+            f"{given}; where one answer is right, the vector is added at the last prompt token: leave them out"
+        )
     if goal not in ("induce", "suppress"):
         raise ValueError(f"goal={goal!r} is unknown; choose 'induce' or 'suppress'")
     backend = backend_of(model)
@@ -156,24 +169,28 @@ def middle_layers(n_layers: int) -> Sequence[int]:
 def _placed(
     backend: Backend, vector: InstructionVector | Sequence[InstructionVector], layers: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[InstructionVector, ...]]:
-    """Layers, and the vector to try at each; several vectors have their own."""
+    """Layers, and the vector to try at each; several vectors have their own, each another."""
     if isinstance(vector, InstructionVector):
         layers = tuple(backend.check_layer(x) for x in layers)
         return layers, (vector,) * len(layers)
+    if not vector or any(v.layer is None for v in vector) or len({v.layer for v in vector}) < len(vector):
+        raise ValueError(
+            f"vector holds vectors of layers {[v.layer for v in vector]}; give one or more, each with a layer of its own"
+        )
     return tuple(backend.check_layer(v.layer) for v in vector), tuple(vector)
 
 
 def _tune_free(
     model: Any,
-    task: Task,
+    asked: Sequence[Sequence[Prompt]],
     vector: InstructionVector | Sequence[InstructionVector],
     layers: Sequence[int] | None,
     scales: Sequence[float] | None,
-    look: dict[str, Any],
     positions: str | None,
     how: str | None,
     max_new_tokens: int,
     batch_size: int,
+    seed: int,
 ) -> InjectionSearch:
     backend = backend_of(model)
     layers, candidates = _placed(backend, vector, middle_layers(backend.n_layers) if layers is None else layers)
@@ -181,7 +198,7 @@ def _tune_free(
     candidates = tuple(replace(v, metadata={**v.metadata, **chosen}) for v in candidates)
     scales = (0.5, 0.75, 1.0, 1.5, 2.0) if scales is None else tuple(scales)
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    bare, told = (build_prompts(task, instruction=told, **look) for told in (False, True))
+    bare, told = asked
     unsteered = Unsteered(backend, bare, **lengths)
     told_texts = written(backend, told, {0: None}, **lengths)[0]
     reached, nothing = map(_means, unsteered.scores(told_texts, unsteered.answers))
@@ -195,20 +212,19 @@ def _tune_free(
     tries = [(v, layer, scale) for v, layer in zip(candidates, layers) for scale in scales]
     found = torch.tensor(balanced(tries)).view(len(layers), len(scales))
     control, baseline = torch.full(found.shape, torch.nan), balance(nothing, reached)["balance"]
-    about = (len(bare), "induce", candidates, "balance")
+    about = (len({prompt.query for prompt in bare}), "induce", candidates, "balance")
     search = InjectionSearch(candidates[0], found, control, baseline, layers, scales, *about)
     best = search.best
     at = (layers.index(best.layer), scales.index(best.scale))
-    control[at] = balanced([(random_vector(best, seed=look["seed"]), best.layer, best.scale)])[0]
-    _warn(search)
+    control[at] = balanced([(random_vector(best, seed=seed), best.layer, best.scale)])[0]
     return search
 
 
 def _all_at_once(
     backend: Backend, prompts: Sequence[Prompt], injections: Sequence[Injection], lengths: Mapping[str, int]
 ) -> list[list[str]]:
-    """Answers under each injection: where these only add, as the rows of one batch, each with its own vector."""
-    if any(x.targets for x in injections):
+    """Answers under each injection: where these only add at the same positions, as the rows of one batch, each with its own vector."""
+    if any(x.targets or x.positions != injections[0].positions for x in injections):
         return list(written(backend, prompts, dict(enumerate(injections)), **lengths).values())
     nothing, n = torch.zeros(backend.d_model), len(prompts)
     additions = {
@@ -229,11 +245,11 @@ def _warn(search: InjectionSearch) -> None:
     """Of a best that better ones may lie beyond, or that is none."""
     best, sign = search.best, 1 if search.goal == "induce" else -1
     layer, scale = at = search.layers.index(best.layer), search.scales.index(best.scale)
-    row, sizes = (sign * search.accuracy[layer]).tolist(), sorted(map(abs, search.scales))
+    row, sizes = [round(sign * x, 6) for x in search.accuracy[layer].tolist()], sorted(map(abs, search.scales))
     others = row[:scale] + row[scale + 1 :]
-    if row[scale] <= sign * search.baseline:
+    if row[scale] <= round(sign * search.baseline, 6):
         said = f"nothing tried is better than no vector ({search!r}); try other heads, more scales, or mode='heads' in inject"
-    elif sign * (search.accuracy[at] - search.control[at]) <= 0:
+    elif row[scale] <= round(sign * search.control[at].item(), 6):
         said = f"the best tried is no better than a random vector of its length ({search!r}); try other heads"
     elif abs(best.scale) in (sizes[0], sizes[-1]) and row[scale] > max(others, default=row[scale]):
         said = f"the best scale stands at the edge of those tried ({search!r}); pass scales beyond it"
