@@ -81,7 +81,7 @@ def _free(result: Evaluation) -> list[Section]:
 
     return [
         Section("Is the constraint met?", "Decided by a program; 95 % intervals; test split.", [result.plot("met")]),
-        Section("Met, on topic, fluent", BALANCE, [result.balance()]),
+        Section("Met, on topic, fluent", BALANCE, [result.plot("balance"), result.balance()]),
         *(Section(f"Answers: {name}", SIDE_BY_SIDE, [side_by_side(result, name)]) for name in result.task_names),
         Section("All numbers", "Gains are over no vector.", [result.to_dataframe(), result.gains("met")]),
     ]

@@ -4,7 +4,7 @@ from ivlens.plots.continual import plot_continual
 from ivlens.plots.dynamics import plot_change
 from ivlens.plots.heads import plot_effects, plot_residual, plot_shares, plot_similarity
 from ivlens.plots.recovery import plot_loss, plot_probabilities, plot_recovery
-from ivlens.plots.scores import plot_evaluation, plot_search
+from ivlens.plots.scores import plot_balance, plot_evaluation, plot_search
 
-__all__ = ["plot_change", "plot_continual", "plot_effects", "plot_evaluation", "plot_loss", "plot_probabilities"]
-__all__ += ["plot_recovery", "plot_residual", "plot_search", "plot_shares", "plot_similarity"]
+__all__ = ["plot_balance", "plot_change", "plot_continual", "plot_effects", "plot_evaluation", "plot_loss"]
+__all__ += ["plot_probabilities", "plot_recovery", "plot_residual", "plot_search", "plot_shares", "plot_similarity"]

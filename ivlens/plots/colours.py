@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-__all__ = ["BEFORE_AFTER", "COLOURS", "FAINT", "GRID", "INK", "MARK", "TASK_COLOURS"]
+__all__ = ["BEFORE_AFTER", "COLOURS", "FAINT", "GRID", "INK", "MARK", "PARTS", "TASK_COLOURS"]
 __all__ += ["condition_colours", "method_colours"]
 
 INK, FAINT, GRID, MARK = "#1f2328", "#59636e", "#e6e8eb", "#d55e00"
@@ -19,6 +19,11 @@ COLOURS = {
     "random heads": "#d55e00",
     "other task": "#cc79a7",
     "demonstrations": "#009e73",
+    # of free answers
+    "told": "#009e73",
+    "told + vector": "#56b4e9",
+    "told − vector": "#7b4fa3",
+    "told − random vector": "#8c6d31",
     # of models before and after training
     "before": "#999999",
     "before + vector": "#4d545c",
@@ -28,6 +33,7 @@ COLOURS = {
     "old − new vector": "#d55e00",
     "original state": "#009e73",
 }
+PARTS = {"met": "#0072b2", "on_topic": "#009e73", "fluent": "#e69f00"}  # of balance
 MORE_CONDITIONS = ("#56b4e9", "#f0e442", "#000000", "#7b4fa3", "#8c6d31")
 METHOD_COLOURS = {
     "lora": "#d55e00",

@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ivlens.plots import maps
-from ivlens.plots.colours import MARK
-from ivlens.plots.style import BARE, finish, panels, ticks
+from ivlens.plots.colours import INK, MARK, PARTS
+from ivlens.plots.style import BARE, LEGEND_ABOVE, ZERO, finish, panels, task_labels, ticks
 from ivlens.plots.traces import task_bars
 from ivlens.plots.words import counted, escaped, plain, span, unit
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ivlens.steering.evaluation import Evaluation
     from ivlens.steering.tuning import InjectionSearch
 
-__all__ = ["plot_evaluation", "plot_search"]
+__all__ = ["plot_balance", "plot_evaluation", "plot_search"]
 
 
 def plot_search(search: InjectionSearch) -> go.Figure:
@@ -54,21 +54,71 @@ def plot_search(search: InjectionSearch) -> go.Figure:
 
 
 def plot_evaluation(evaluation: Evaluation, metric: str | None = None) -> go.Figure:
-    """Bars per task, one colour per condition, with 95 % intervals; many tasks go into several rows."""
+    """Bars per task, one colour per condition, with 95 % intervals; many tasks go into several rows. `balance`: see `plot_balance`."""
+    if metric == "balance":
+        return plot_balance(evaluation)
     metric = metric or evaluation.metrics[0]
     if metric not in evaluation.metrics:
         raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(evaluation.metrics)}")
     frame = evaluation.to_dataframe()
     frame = frame[frame["metric"] == metric]
+    tasks, conditions = (frame[name].unique().tolist() for name in ("task", "condition"))
     share = metric in ("first_token", "exact_match", "met", "met_loose")
-    figure, size = task_bars(frame, evaluation.task_names, evaluation.conditions, unit(metric), share=share)
-    if metric in ("topic", "surprise"):
-        figure.update_yaxes(range=None)
-    notes = [f"mean and 95% interval · {span(frame['n'])} prompts per bar"]
-    if (shots := evaluation.metadata.get("shots")) is not None:
-        notes[0] += f" · {counted(shots, 'demonstration') if shots else 'zero-shot'}"
+    figure, size = task_bars(frame, tasks, conditions, unit(metric), share=share)
+    if metric in ("topic", "surprise"):  # nats have no bounds
+        figure.update_yaxes(range=None, matches="y", **ZERO)
     title = f"{unit(metric)[0].upper()}{unit(metric)[1:]} with and without the vector"
+    notes = [f"mean and 95% interval · {span(frame['n'])} prompts per bar{_told_shots(evaluation)}"]
     return finish(figure, title, notes, **size)
+
+
+def plot_balance(evaluation: Evaluation) -> go.Figure:
+    """Of free answers, a panel per task and a group per condition: met, on topic and fluent as bars, their harmonic mean as a mark."""
+    table = evaluation.balance()
+    tasks, conditions = (table[name].unique().tolist() for name in ("task", "condition"))
+    width = max(520, 66 * len(conditions))
+    figure, size = panels(len(tasks), 1, (width, 130), (0, 44), [escaped(task) for task in tasks])
+    labels, angle, room = task_labels(conditions, width // len(conditions))
+    for row, task in enumerate(tasks, start=1):
+        part = table[table["task"] == task]
+        x = [conditions.index(name) for name in part["condition"]]
+        common = {"x": x, "customdata": [escaped(name) for name in part["condition"]], "showlegend": row == 1}
+        common["hovertemplate"] = "%{customdata}<br>%{fullData.name}: %{y:.1%}<extra></extra>"
+        for name, colour in PARTS.items():
+            bars = go.Bar(
+                y=part[name].tolist(), name=name.replace("_", " "), legendgroup=name, marker_color=colour, **common
+            )
+            figure.add_trace(bars, row, 1)
+        mark = {"symbol": "diamond", "size": 9, "color": INK, "line": {"color": "white", "width": 1}}
+        points = go.Scatter(
+            y=part["balance"].tolist(), mode="markers", marker=mark, name="balance", cliponaxis=False, **common
+        )
+        figure.add_trace(points.update(legendgroup="balance"), row, 1)
+    figure.update_yaxes(range=[0, 1.05], tickformat=".0%", tickvals=[0, 0.5, 1])
+    figure.update_xaxes(range=[-0.5, len(conditions) - 0.5], showticklabels=False, **BARE)
+    shown = {"tickvals": list(range(len(conditions))), "ticktext": list(labels.values()), "tickangle": angle}
+    figure.update_xaxes(showticklabels=True, **shown, row=len(tasks))
+    legend = LEGEND_ABOVE | {"y": 1 + 24 / size["height"]}
+    figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.06, legend=legend)
+    asked = evaluation.scores[evaluation.scores["task"].isin(tasks)].groupby("task")["query"].nunique()
+    notes = [
+        f"shares; on topic and fluent beside told answers; {span(asked)} prompts per bar{_told_shots(evaluation)}",
+        "diamond: balance, the harmonic mean of the three",
+    ]
+    return finish(
+        figure,
+        "Free answers: constraint met, on topic, fluent",
+        notes,
+        **size,
+        right=24,
+        extra_top=54,
+        extra_bottom=room,
+    )
+
+
+def _told_shots(evaluation: Evaluation) -> str:
+    shots = evaluation.metadata.get("shots")
+    return "" if shots is None else f" · {counted(shots, 'demonstration') if shots else 'zero-shot'}"
 
 
 def _share(value: float) -> str:

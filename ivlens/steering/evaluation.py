@@ -131,7 +131,7 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def plot(self, metric: str | None = None) -> go.Figure:
-        """Bars per task: every condition with its interval; by default of the first metric."""
+        """Bars per task: every condition with its interval; by default of the first metric. `balance`: of free answers, its parts."""
         from ivlens.plots import plot_evaluation
 
         return plot_evaluation(self, metric)
