@@ -10,7 +10,7 @@ import torch
 
 import ivlens as ivl
 from ivlens.steering.controls import random_vector
-from ivlens.steering.tuning import middle_layers
+from ivlens.steering.tuning import InjectionSearch, _warn, middle_layers
 from ivlens.vectors.vector import InstructionVector
 from tests import by_hand, tiny
 
@@ -85,11 +85,29 @@ def test_several_vectors_are_tried_each_at_its_own_layer(model, free):
 
 
 def test_vectors_that_act_at_different_positions_are_told_apart(model, free):
-    vectors = [vector(7, 1, positions="last"), vector(7, 2)]
-    search = ivl.tune_injection(model, free, vectors, scales=[2.0], max_new_tokens=TOKENS)
-    for i, v in enumerate(vectors):
-        alone = ivl.tune_injection(model, free, [v], scales=[2.0], max_new_tokens=TOKENS)
-        assert search.accuracy[i, 0] == pytest.approx(alone.accuracy[0, 0].item(), abs=1e-5)
+    def tried(*vectors):
+        search = ivl.tune_injection(model, free, list(vectors), scales=[2.0], max_new_tokens=TOKENS)
+        return search.accuracy[:, 0].tolist()
+
+    for seed in range(7, 15):
+        last, along, beside = vector(seed, 1, positions="last"), vector(seed, 1), vector(seed, 2)
+        if (alone := [*tried(last), *tried(beside)])[0] != tried(along)[0]:
+            break
+    else:
+        raise AssertionError("no vector that does something else at every position than at the last")
+    assert tried(last, beside) == pytest.approx(alone, abs=1e-5)
+    assert tried(beside, last) == pytest.approx(alone[::-1], abs=1e-5)
+
+
+def test_equal_but_for_rounding_is_no_better():
+    for baseline, control, said in ((2 / 3, 0.1, "nothing tried is better"), (0.1, 2 / 3, "no better than a random")):
+        given = (
+            torch.tensor([[2 / 3]]),
+            torch.tensor([[control]]),
+            baseline,
+        )  # a little more than 2 / 3 in single precision
+        with pytest.warns(UserWarning, match=said):
+            _warn(InjectionSearch(vector(), *given, (1,), (1.0,), 4))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
