@@ -6,16 +6,18 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ivlens.models.backends import backend_of
 from ivlens.patching import HeadEffects, locate_heads
 from ivlens.plots import plot_similarity
-from ivlens.report import Section, write_figure, write_report
+from ivlens.report import BALANCE, SIDE_BY_SIDE, Section, side_by_side, write_figure, write_report
 from ivlens.steering.evaluation import Evaluation, evaluate
 from ivlens.steering.generate import Generations, generate
-from ivlens.steering.tuning import InjectionSearch, tune_injection
+from ivlens.steering.tuning import InjectionSearch, middle_layers, tune_injection
 from ivlens.tasks import TaskSuite, load_tasks
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.extraction import extract_vector
@@ -26,6 +28,8 @@ __all__ = ["DEMO_TASKS", "run_demo"]
 # Chosen by measuring all built-in tasks on the built-in model: those it does with ten demonstrations.
 DEMO_TASKS = ("present_past", "singular_plural", "last_of_list", "capitalize", "lowercase")
 SCALES = (1.0, 2.0, 3.0)
+CONSTRAINT = "spanish"  # an instruction on the form of answers that the built-in model follows
+TOLD = {"style": "chat", "shots": 0, "instruction": True}
 SHOWN = {"present_past": ("walk", "sing"), "singular_plural": ("house", "child"), "capitalize": ("river", "music")}
 
 
@@ -54,11 +58,79 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
         steered = {n: generate(model, x, vector=vectors[n], max_new_tokens=6) for n, x in prompts.items()}
         tables = {name: table.to_dataframe().to_dict("records") for name, table in steered.items()}
         (out / "generations.json").write_text(json.dumps(tables, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with _timed("an instruction on the form", seconds):
+        try:
+            constraint = Constraint.study(model, out / CONSTRAINT, seed)
+        except ValueError as error:  # another model: without a chat template, or one that doesn't follow it
+            constraint = str(error)
     (out / "heatmap.png").unlink(missing_ok=True)
     with suppress(RuntimeError):  # where no browser can draw it, the report has it anyway
         write_figure(effects.plot(), out / "heatmap.png")
     (out / "seconds.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-    return _report(out, effects, searches, vectors, scores, steered)
+    return _report(out, effects, searches, vectors, scores, steered, constraint)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """An instruction on the form of answers: its heads, where its vector acts best, and what that does."""
+
+    effects: HeadEffects
+    search: InjectionSearch
+    scores: Evaluation
+
+    @classmethod
+    def study(cls, model: Any, out: Path, seed: int) -> Constraint:
+        """Few prompts and short answers: it is a demo."""
+        task, n_layers = load_tasks(CONSTRAINT)[CONSTRAINT], backend_of(model).n_layers
+        short: dict[str, Any] = {"max_new_tokens": 24, "seed": seed}
+        effects = locate_heads(model, task, **TOLD, n_prompts=6, n_mean=12, **short)
+        vector = extract_vector(model, task, effects.top(6), way="difference", **TOLD, n_prompts=12, seed=seed)
+        tries = {"layers": middle_layers(n_layers)[-4:-1], "scales": (0.5, 0.75), "n_prompts": 6}
+        with _edge_is_said():
+            search = tune_injection(model, task, vector, style="chat", **tries, **short)
+        options = {"controls": ("random vector",), "draws": 1, "n_prompts": 12}
+        scores = evaluate(model, task, vectors=search.best, style="chat", **options, **short)
+        effects.save(out / "effects.safetensors")
+        search.best.save(out / "vector")
+        scores.save(out / "evaluation.json")
+        return cls(effects, search, scores)
+
+    def section(self) -> Section:
+        task, own = load_tasks(CONSTRAINT)[CONSTRAINT], self.effects.metadata["own_answers"][CONSTRAINT]
+        heads = (
+            f"Told “{task.instructions[0]}” in the chat template, no demonstrations. Answers are free, and a program decides "
+            f"whether they follow. Heads are located by the model's own answers that do ({own['kept']} of {own['asked']} "
+            "questions). The vector is what the six strongest write when told, minus what they write when not. Layer and scale "
+            "were chosen on six validation questions; test questions and the wordings of their instruction are others."
+        )
+        numbers = self.scores.to_dataframe()
+        met = numbers[numbers["metric"] == "met"].drop(columns=["task", "metric"])
+        about = "The share of answers that follow, with 95 % intervals: few questions, so wide ones."
+        items = [side_by_side(self.scores, CONSTRAINT), about, met, BALANCE, self.scores.balance().drop(columns="task")]
+        figures = [self.effects.plot(), self.search.plot()]
+        return Section(
+            f"The form of an answer: {task.instructions[0]}", f"{heads}\n\n{SIDE_BY_SIDE}", [*items, *figures]
+        )
+
+    def summary(self) -> str:
+        frame = self.scores.to_dataframe().query("metric == 'met'").set_index("condition")
+        said = {
+            "vector": "with the vector",
+            "no vector": "without",
+            "random vector": "with a random one",
+            "told": "told",
+        }
+        parts = [f"{text} {frame['mean'][name]:.0%}" for name, text in said.items()]
+        vector = frame.loc["vector"]
+        return f"Answers in the form of “{CONSTRAINT}” to {vector['n']:.0f} questions: {', '.join(parts)}."
+
+
+@contextmanager
+def _edge_is_said() -> Iterator[None]:
+    """By the report, so that tuning needn't warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the best scale stands at the edge")
+        yield
 
 
 @contextmanager
@@ -75,8 +147,7 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
     for task in tqdm(tasks.values(), desc="vectors"):
         vector = extract_vector(model, task, heads, n_prompts=20, seed=seed)
         layers = range(0, vector.metadata["signature"]["n_layers"], 2)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the best scale stands at the edge")  # the report says so
+        with _edge_is_said():
             searches[task.name] = tune_injection(model, task, vector, layers=layers, scales=SCALES, n_prompts=20)
     return searches
 
@@ -88,6 +159,7 @@ def _report(
     vectors: dict[str, InstructionVector],
     scores: Evaluation,
     steered: dict[str, Generations],
+    constraint: Constraint | str,
 ) -> Path:
     first = next(iter(searches))
     example = build_prompts(load_tasks([first])[first], n=1, shots=10)[0]
@@ -117,9 +189,15 @@ def _report(
             [*bars, scores.gains("exact_match"), scores.to_dataframe()],
         ),
     ]
+    summary = _summary(scores)
+    if isinstance(constraint, Constraint):
+        sections.append(constraint.section())
+        summary += f"\n\n{constraint.summary()}"
+    else:
+        sections.append(Section("The form of an answer", f"Not shown: {constraint}"))
     built_in = " in SmolLM2-135M-Instruct" if effects.metadata["model"] == "smollm2" else ""
     about = {key: str(value) for key, value in effects.metadata.items()}
-    options = {"title": f"Instruction vectors{built_in}", "summary": _summary(scores), "sections": sections}
+    options = {"title": f"Instruction vectors{built_in}", "summary": summary, "sections": sections}
     return write_report(out, **options, about=about)
 
 

@@ -6,7 +6,7 @@ import html
 import importlib.util
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +110,11 @@ def write_report(
 
 def side_by_side(evaluation: Evaluation, task: str, *, n: int = 8) -> Generations:
     """Free answers to the first questions: not told, told, with the vector and with a random one, each marked as met or not."""
-    rows = evaluation.scores[(evaluation.scores["task"] == task) & (evaluation.scores["draw"] == 0)]
-    marked = rows.assign(text=rows["met"].map({1.0: "✓ ", 0.0: "✗ "}) + rows["text"])
-    texts = marked.pivot(index="prompt", columns="condition", values="text").sort_index().head(n)
-    asked = rows.drop_duplicates("prompt").set_index("prompt")["input"].loc[texts.index]
-    return Generations(asked.tolist(), {name: texts[key].tolist() for key, name in COLUMNS.items() if key in texts})
+    marks = evaluation.scores["met"].map({1.0: "✓ ", 0.0: "✗ "})
+    marked = replace(evaluation, scores=evaluation.scores.assign(text=marks + evaluation.scores["text"])).answers(task)
+    return Generations(
+        marked.prompts[:n], {name: marked[key][:n] for key, name in COLUMNS.items() if key in marked.texts}
+    )
 
 
 def write_figure(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:

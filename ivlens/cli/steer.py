@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,10 +179,8 @@ def steer(
         asked = [Prompt(Example(text, ""), style=style) for text in texts] if style else texts
         free = loaded.metadata.get("positions") == "generated"
         options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}
-        options |= {"max_new_tokens": max_new_tokens or (40 if free else 10), "stop": None if free else "\n"}
-        result = replace(
-            generate(load(model, backend, adapter, device), asked, vector=loaded, **options), prompts=texts
-        )
+        options |= {"max_new_tokens": max_new_tokens or (40 if free else 10), "stop": None if free else "auto"}
+        result = generate(load(model, backend, adapter, device), asked, vector=loaded, **options)
         frame = result.to_dataframe()
         out.mkdir(parents=True, exist_ok=True)
         frame.to_json(out / "generations.json", orient="records", indent=1, force_ascii=False)
