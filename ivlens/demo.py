@@ -17,7 +17,7 @@ from ivlens.plots import plot_similarity
 from ivlens.report import BALANCE, SIDE_BY_SIDE, Section, side_by_side, write_figure, write_report
 from ivlens.steering.evaluation import Evaluation, evaluate
 from ivlens.steering.generate import Generations, generate
-from ivlens.steering.tuning import InjectionSearch, middle_layers, tune_injection
+from ivlens.steering.tuning import InjectionSearch, tune_injection
 from ivlens.tasks import TaskSuite, load_tasks
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.extraction import extract_vector
@@ -83,12 +83,12 @@ class Constraint:
         """Few prompts and short answers: it is a demo."""
         task, n_layers = load_tasks(CONSTRAINT)[CONSTRAINT], backend_of(model).n_layers
         short: dict[str, Any] = {"max_new_tokens": 24, "seed": seed}
-        effects = locate_heads(model, task, **TOLD, n_prompts=6, n_mean=12, **short)
+        effects = locate_heads(model, task, **TOLD, n_prompts=6, n_mean=12, answer_tokens=4, **short)
         vector = extract_vector(model, task, effects.top(6), way="difference", **TOLD, n_prompts=12, seed=seed)
-        tries = {"layers": middle_layers(n_layers)[-4:-1], "scales": (0.5, 0.75), "n_prompts": 6}
+        tries = {"layers": [3 * n_layers // 5], "scales": (0.5, 0.75), "n_prompts": 6}
         with _edge_is_said():
             search = tune_injection(model, task, vector, style="chat", **tries, **short)
-        options = {"controls": ("random vector",), "draws": 1, "n_prompts": 12}
+        options = {"controls": ("random vector",), "draws": 1, "n_prompts": 8}
         scores = evaluate(model, task, vectors=search.best, style="chat", **options, **short)
         effects.save(out / "effects.safetensors")
         search.best.save(out / "vector")
@@ -100,29 +100,28 @@ class Constraint:
         heads = (
             f"Told “{task.instructions[0]}” in the chat template, no demonstrations. Answers are free, and a program decides "
             f"whether they follow. Heads are located by the model's own answers that do ({own['kept']} of {own['asked']} "
-            "questions). The vector is what the six strongest write when told, minus what they write when not. Layer and scale "
-            "were chosen on six validation questions; test questions and the wordings of their instruction are others."
+            "questions). The vector is what the six strongest write when told, minus what they write when not. It acts after "
+            f"layer {self.search.best.layer}, where validation questions fared best, at a scale that six of them chose; test questions "
+            "and the wordings of their instruction are others."
         )
         numbers = self.scores.to_dataframe()
         met = numbers[numbers["metric"] == "met"].drop(columns=["task", "metric"])
-        about = "The share of answers that follow, with 95 % intervals: few questions, so wide ones."
-        items = [side_by_side(self.scores, CONSTRAINT), about, met, BALANCE, self.scores.balance().drop(columns="task")]
-        figures = [self.effects.plot(), self.search.plot()]
+        about = "The share of answers that follow, with 95 % intervals: few questions, so wide ones. Some that count are loops of words."
+        items = [side_by_side(self.scores, CONSTRAINT), about, met, BALANCE, self.scores.plot("balance")]
+        figures = [self.scores.balance().drop(columns="task"), self.effects.plot(), self.search.plot()]
         return Section(
             f"The form of an answer: {task.instructions[0]}", f"{heads}\n\n{SIDE_BY_SIDE}", [*items, *figures]
         )
 
     def summary(self) -> str:
         frame = self.scores.to_dataframe().query("metric == 'met'").set_index("condition")
-        said = {
-            "vector": "with the vector",
-            "no vector": "without",
-            "random vector": "with a random one",
-            "told": "told",
-        }
-        parts = [f"{text} {frame['mean'][name]:.0%}" for name, text in said.items()]
-        vector = frame.loc["vector"]
-        return f"Answers in the form of “{CONSTRAINT}” to {vector['n']:.0f} questions: {', '.join(parts)}."
+        bare = {"no vector": "without", "vector": "with the vector", "random vector": "with a random one"}
+        told = {"told": "without", "told − vector": "less the vector", "told − random vector": "less a random one"}
+        shares = [
+            ", ".join(f"{text} {frame['mean'][name]:.0%}" for name, text in part.items()) for part in (bare, told)
+        ]
+        asked = f"Answers in the form of “{CONSTRAINT}” to {frame['n']['vector']:.0f} questions"
+        return f"{asked}: {shares[0]}; where it is asked for, {shares[1]}."
 
 
 @contextmanager

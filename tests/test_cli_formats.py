@@ -151,14 +151,27 @@ def test_groups_are_listed_and_taken():
     assert suite.names[:3] == ["antonym", "spanish", "bullets"] and len(suite) == 20
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["train", "spanish"],
-        ["compare", "x", "-t", "spanish"],
-        ["track", "x", "--group", "formats"],
-        ["continual", "-t", "spanish", "-t", "french"],
-    ],
-)
-def test_free_answers_are_neither_trained_on_nor_scored_by(command, base, tmp_path):
-    assert "has free answers, and" in run(*command, "--model", base, "--out", f"{tmp_path / 'x'}", code=2)
+def test_the_models_own_answers_are_trained_on_and_followed(folder, base, tmp_path):
+    size = ["--steps", "2", "--batch-size", "2", "--lr", "0.01", "--not-told"]
+    run("train", *own(folder, base), *size, "--out", f"{tmp_path / 'trained'}")
+    trained = ivl.TrainingRun.load(tmp_path / "trained")
+    assert (trained.settings["style"], trained.settings["instruction"]) == ("chat", False)
+    heads = [
+        "--heads",
+        f"{folder / 'heads' / 'effects.safetensors'}",
+        "--top",
+        "3",
+        "--n-prompts",
+        "4",
+        "--n-effects",
+        "0",
+    ]
+    run("compare", f"{trained.final}", *own(folder, base), *heads, "--out", f"{tmp_path / 'compared'}")
+    change = ivl.Change.load(tmp_path / "compared" / "change")
+    assert change.task_names == ["short"] and change.base.accuracy["short"].mean() > 0.7  # what it answers itself
+    assert ivl.Recovery.load(tmp_path / "compared" / "recovery" / "recovery.json").metadata["instruction"] is True
+
+
+def test_a_sequence_needs_right_answers(base, tmp_path):
+    tasks = ["-t", "spanish", "-t", "french"]
+    assert "has free answers, and" in run("continual", *tasks, "--model", base, "--out", f"{tmp_path / 'x'}", code=2)

@@ -78,6 +78,18 @@ def look(
     return {"shots": shots, "instruction": told, "style": style or ("chat" if free else "qa")}
 
 
+def with_answers(
+    model: Any, suite: TaskSuite, style: str, splits: tuple[str, ...], folder: Path | None = None
+) -> TaskSuite:
+    """Where answers are free and none is given, the model's own that pass their check, told the instruction."""
+    from ivlens.running.answers import with_own_answers
+    from ivlens.tasks import TaskSuite
+
+    bare = {name for name, task in suite.items() if not all(x.output for split in splits for x in task.split(split))}
+    options: dict[str, Any] = {"style": style, "splits": splits, "folder": folder}
+    return TaskSuite(with_own_answers(model, t, **options) if name in bare else t for name, t in suite.items())
+
+
 def vector_folders(folder: Path, suite: TaskSuite) -> dict[str, Path]:
     """Where each task's vector is kept; a name is never a path."""
     from ivlens.common.storage import safe_name

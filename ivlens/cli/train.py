@@ -9,7 +9,17 @@ from typer import Argument, Option
 
 import ivlens.cli.options as opt
 from ivlens.cli.app import app
-from ivlens.cli.common import load, look, print_table, read_tasks, readable_errors, report, say, vector_folders
+from ivlens.cli.common import (
+    load,
+    look,
+    print_table,
+    read_tasks,
+    readable_errors,
+    report,
+    say,
+    vector_folders,
+    with_answers,
+)
 
 if TYPE_CHECKING:
     from ivlens.dynamics import Change, Recovery
@@ -56,6 +66,8 @@ def train(
         loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": not full}
         options |= {**look(suite, shots, told, style, 0, tell=True), "save_every": save_every, "seed": seed}
+        if not all(x.output for one in suite.values() for x in one.train):
+            suite = with_answers(load(model, "auto"), suite, str(options["style"]), ("train",))
         run = fine_tune(model, suite, folder=out, method=method, vectors=loaded, previous=previous, **options)
         report(out, "Fine-tuning", [Section("Loss", repr(run), [run.plot()])], run.settings)
     print_table(run.to_dataframe()[["step", "loss"]], "Loss on answer tokens (nats)")
@@ -129,11 +141,12 @@ def _study(
     """Heads and vectors of the base, every checkpoint beside it, and what the old vectors bring back."""
     with readable_errors():
         from ivlens.dynamics import recover, track
-        from ivlens.tasks.suite import as_suite
 
-        suite = as_suite(read_tasks(*tasks), answered=["test"])
+        suite = read_tasks(*tasks)
         options |= look(suite, *asked, default=5)
-        chosen, vectors = _of_base(model, suite, heads, options, out)
+        base = load(model, "bridge")
+        suite = with_answers(base, suite, options["style"], ("train", "valid", "test"), out / "partial")
+        chosen, vectors = _of_base(base, suite, heads, options, out)
         change = track(checkpoints, suite, chosen, model=model, n_effects=n_effects, folder=out / "change", **options)
         recovery = None
         if recovering:
@@ -146,22 +159,21 @@ def _study(
     say(f"Wrote {out / 'report.html'}")
 
 
-def _of_base(model: str, suite: TaskSuite, heads: tuple[Path | None, int], options: dict[str, Any], out: Path) -> Any:
+def _of_base(model: Any, suite: TaskSuite, heads: tuple[Path | None, int], options: dict[str, Any], out: Path) -> Any:
     """The base model's instruction heads and vectors."""
     from ivlens.patching import HeadEffects, locate_heads
     from ivlens.vectors.extraction import extract_vector
 
-    hooked = load(model, "bridge")
     asked = {key: value for key, value in options.items() if key != "n_prompts"}
     if heads[0] is None:
         kind = "shuffled_labels" if asked["shots"] >= 2 else "no_instruction"
         look_for = {"n_prompts": 10, "n_mean": 30, "counterfactual": kind, "folder": out / "partial"}
-        effects = locate_heads(hooked, suite, **look_for, **asked)
+        effects = locate_heads(model, suite, **look_for, **asked)
         effects.save(out / "effects.safetensors")
     else:
         effects = HeadEffects.load(heads[0])
     chosen = effects.top(heads[1])
-    return chosen, {name: extract_vector(hooked, task, chosen, n_prompts=30, **asked) for name, task in suite.items()}
+    return chosen, {name: extract_vector(model, task, chosen, n_prompts=30, **asked) for name, task in suite.items()}
 
 
 def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: dict[str, Any]) -> list[Any]:
