@@ -116,7 +116,7 @@ class Constraint:
     def summary(self) -> str:
         frame = self.scores.to_dataframe().query("metric == 'met'").set_index("condition")
         bare = {"no vector": "without", "vector": "with the vector", "random vector": "with a random one"}
-        told = {"told": "without", "told − vector": "less the vector", "told − random vector": "less a random one"}
+        told = {"told": "unsteered", "told − vector": "less the vector", "told − random vector": "less a random one"}
         shares = [
             ", ".join(f"{text} {frame['mean'][name]:.0%}" for name, text in part.items()) for part in (bare, told)
         ]

@@ -24,7 +24,14 @@ def test_an_instruction_on_the_form_is_located_tuned_scored_and_shown(roomy, tmp
     assert found.scores.conditions[:4] == ["no vector", "vector", "random vector", "told"]
     assert ivl.Evaluation.load(tmp_path / "evaluation.json").scores.equals(found.scores.scores)
     assert ivl.InstructionVector.load(tmp_path / "vector") == found.search.best
-    for name in ("with the vector", "without", "with a random one", "less the vector", "less a random one"):
+    for name in (
+        "with the vector",
+        "without",
+        "with a random one",
+        "unsteered",
+        "less the vector",
+        "less a random one",
+    ):
         assert f"{name} " in found.summary()
     page = write_report(tmp_path, title="x", sections=[found.section()]).read_text()
     assert all(
