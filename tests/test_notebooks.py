@@ -6,7 +6,10 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # Where a notebook has a cell tagged `parameters`, it is run with these instead.
-SMALL = {"03_train_without_forgetting": {"STEPS": 2, "N_PROMPTS": 4, "N_EFFECTS": 1, "METHODS": ["lora", "iv"]}}
+SMALL = {
+    "03_train_without_forgetting": {"STEPS": 2, "N_PROMPTS": 4, "N_EFFECTS": 1, "METHODS": ["lora", "iv"]},
+    "04_format_instructions": {"N_PROMPTS": 3, "N_MEAN": 6, "N_VALID": 2, "N_TEST": 2},
+}
 
 
 @pytest.mark.slow

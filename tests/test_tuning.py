@@ -140,9 +140,9 @@ def test_of_free_answers_the_best_keeps_how_it_was_tuned_and_balance_is_said(mod
     task = ivl.Task.from_records(records, name="free", instruction="Go on.", check="at_most_words: 40")
     vector = ivl.extract_vector(model, task, [ivl.Head(0, 1)], shots=0, instruction=True, n_prompts=4)
     options = {"layers": [1], "scales": [1.0, 2.0], "n_prompts": 2, "max_new_tokens": 4, "how": "set"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="balance") as warned:
         search = ivl.tune_injection(model, task, vector, **options)
+    assert warned[0].filename == __file__
     assert search.measure == "balance" and "2 prompts: balance " in repr(search)
     assert search.best.metadata["how"] == "set" and search.best.metadata["positions"] == "generated"
     assert "how" not in vector.metadata
