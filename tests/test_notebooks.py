@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,16 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # Where a notebook has a cell tagged `parameters`, it is run with these instead.
 SMALL = {
     "03_train_without_forgetting": {"STEPS": 2, "N_PROMPTS": 4, "N_EFFECTS": 1, "METHODS": ["lora", "iv"]},
-    "04_format_instructions": {"N_PROMPTS": 3, "N_MEAN": 6, "N_VALID": 2, "N_TEST": 2},
+    "04_format_instructions": {
+        "N_PROMPTS": 3,
+        "N_MEAN": 6,
+        "N_VALID": 2,
+        "N_TEST": 2,
+        "LAYERS": [16],
+        "SCALES": [0.75],
+    },
 }
+LONG = ("04_format_instructions",)
 
 
 @pytest.mark.slow
@@ -17,6 +26,8 @@ SMALL = {
 def test_notebook_runs_and_shows_something_in_its_last_cell(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
+    if path.stem in LONG and "IVLENS_LONG_TESTS" not in os.environ:
+        pytest.skip("takes more than six minutes; set IVLENS_LONG_TESTS=1 to run it")
     notebook = nbformat.read(path, as_version=4)
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert len(tagged) == (path.stem in SMALL)
