@@ -147,7 +147,7 @@ def test_groups_are_listed_and_taken():
     assert "Answer in Spanish." in output and "antonym" not in output
     assert "held out" in run("tasks", "spanish")
     assert "unknown group" in run("tasks", "--group", "format", code=2)
-    suite = common.read_tasks(["antonym", "spanish"], "formats", None, None)
+    suite = common.read_tasks(["antonym", "spanish"], None, None, "formats")
     assert suite.names[:3] == ["antonym", "spanish", "bullets"] and len(suite) == 20
 
 

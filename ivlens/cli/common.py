@@ -42,7 +42,7 @@ def load(name: str, backend: str, adapter: str | None = None, device: str | None
 
 
 def read_tasks(
-    names: list[str] | None, group: str | None, files: list[Path] | None, instructions: list[str] | None
+    names: list[str] | None, files: list[Path] | None, instructions: list[str] | None, group: str | None = None
 ) -> TaskSuite:
     """The built-in tasks named or of a group, and one task per file; all with one right answer where nothing is named."""
     from ivlens.tasks import Task, TaskSuite, load_tasks

@@ -48,7 +48,7 @@ def evaluate(
         from ivlens.steering.evaluation import evaluate as score
         from ivlens.vectors.vector import InstructionVector
 
-        suite = read_tasks(task, group, file, instruction)
+        suite = read_tasks(task, file, instruction, group)
         folders = {} if vectors is None else vector_folders(vectors, suite)
         loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}

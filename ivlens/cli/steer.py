@@ -66,7 +66,7 @@ def locate(
         from ivlens.patching import locate_heads
         from ivlens.report import Section
 
-        suite = read_tasks(task, group, file, instruction)
+        suite = read_tasks(task, file, instruction, group)
         options = {**look(suite, shots, told, style, 10), "counterfactual": counterfactual, "metric": metric}
         options |= {"n_prompts": n_prompts, "n_mean": n_mean, "max_rows": max_rows, "max_new_tokens": max_new_tokens}
         options["seed"] = seed
@@ -113,7 +113,7 @@ def extract(
         from ivlens.report import Section
         from ivlens.steering.tuning import tune_injection
 
-        suite = read_tasks(task, group, file, instruction)
+        suite = read_tasks(task, file, instruction, group)
         given = None if way == "residual" and heads is None else HeadEffects.load(heads or EFFECTS).top(top)
         options = {**look(suite, shots, told, style, 10), "n_prompts": n_prompts, "seed": seed, "way": way}
         hooked, sections, folders = load(model, backend, adapter, device), [], vector_folders(out, suite)

@@ -61,7 +61,7 @@ def train(
 
         if not task and not group and not file:
             raise ValueError("name a task to train on, or give --file; `ivlens tasks` lists the built-in ones")
-        suite = read_tasks(task, group, file, instruction)
+        suite = read_tasks(task, file, instruction, group)
         folders = {} if vectors is None else vector_folders(vectors, suite)
         loaded = {name: InstructionVector.load(path) for name, path in folders.items()} or None
         options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": not full}
@@ -97,7 +97,7 @@ def compare(
 ) -> None:
     """Instruction vectors before and after training, and putting the old ones back."""
     options, asked = {"seed": seed, "n_prompts": n_prompts}, (shots, told, style)
-    tasks = (task, group, file, instruction)
+    tasks = (task, file, instruction, group)
     _study([after], model, tasks, asked, (heads, top), options, n_effects, recover, out, "compare")
 
 
@@ -122,14 +122,14 @@ def track(
 ) -> None:
     """Instruction vectors and accuracy along training. An interrupted run goes on where it stopped."""
     options, asked = {"seed": seed, "n_prompts": n_prompts}, (shots, told, style)
-    tasks = (task, group, file, instruction)
+    tasks = (task, file, instruction, group)
     _study(checkpoints, model, tasks, asked, (heads, top), options, n_effects, recover, out, "track")
 
 
 def _study(
     checkpoints: list[str],
     model: str,
-    tasks: tuple[list[str] | None, str | None, list[Path] | None, list[str] | None],
+    tasks: tuple[list[str] | None, list[Path] | None, list[str] | None, str | None],
     asked: tuple[int | None, bool | None, str | None],
     heads: tuple[Path | None, int],
     options: dict[str, Any],
