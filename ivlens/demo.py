@@ -96,6 +96,7 @@ class Constraint:
         return cls(effects, search, scores)
 
     def section(self) -> Section:
+        """Of the report: answers side by side, numbers, heads and where the vector was tried."""
         task, own = load_tasks(CONSTRAINT)[CONSTRAINT], self.effects.metadata["own_answers"][CONSTRAINT]
         heads = (
             f"Told “{task.instructions[0]}” in the chat template, no demonstrations. Answers are free, and a program decides "
@@ -114,6 +115,7 @@ class Constraint:
         )
 
     def summary(self) -> str:
+        """A sentence for the report's beginning."""
         frame = self.scores.to_dataframe().query("metric == 'met'").set_index("condition")
         bare = {"no vector": "without", "vector": "with the vector", "random vector": "with a random one"}
         told = {"told": "unsteered", "told − vector": "less the vector", "told − random vector": "less a random one"}

@@ -1183,3 +1183,8 @@ def test_checks_gates_and_tables_of_answers_stand_at_the_top_level():
     for name in ("passes", "register_check", "Gate", "fit_gate", "Generations"):
         assert name in ivl.__all__ and getattr(ivl, name).__name__ == name
     assert ivl.passes("bullets", "* one thing\n* another")
+
+
+@pytest.mark.parametrize("text", ["ខ្ញុំចូលចិត្តញ៉ាំបាយ", "ฉันชอบกินข้าวผัด", "ຂ້ອຍມັກກິນເຂົ້າ", "ကျွန်တော်ထမင်းစားချင်တယ်", "我喜欢吃米饭"])
+def test_a_sentence_without_spaces_is_more_than_a_word(text):
+    assert not passes("at_most_words: 3", text) and passes("at_most_words: 30", text)

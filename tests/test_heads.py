@@ -324,3 +324,19 @@ def test_half_precision_without_room_for_float32_says_that_small_effects_are_noi
     model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="effects in bfloat16 carry rounding noise"):
         ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False, method="full")
+
+
+def test_an_interrupted_sweep_leaves_the_model_as_it_was(tokenizer, replacement, monkeypatch):
+    model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, dtype=torch.bfloat16)
+    model.train()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm.std.tqdm.update", interrupted)
+    try:
+        head_effects(model, tiny.tokens(5, 6), ["7", "8"], replacement, method="full")
+    except KeyboardInterrupt as error:  # whose traceback a notebook holds, and with it the frames
+        assert error.__traceback__ and all(t.dtype == torch.bfloat16 for t in model.parameters()) and model.training
+    else:
+        pytest.fail("not interrupted")

@@ -140,10 +140,8 @@ def _sampled(
     batch_size: int,
     seed: int,
 ) -> tuple[list[str | None], int]:
-    rows, stop = (
-        tokenize(backend, [replace(p, query=replace(p.query, output="")) for p in prompts]),
-        common_stop(prompts),
-    )
+    rows = tokenize(backend, [replace(p, query=replace(p.query, output="")) for p in prompts])
+    stop = common_stop(prompts)
     texts: list[str | None] = [None] * len(prompts)
     tried = 0
     for attempt in range(tries):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from ivlens.tasks.answers import UNSPACED, VOWELS, words_of
 
 __all__ = ["METRICS", "check_finite", "exact_match", "measure", "normalized", "rouge_l", "rouge_scorer", "words"]
 
@@ -90,25 +91,10 @@ def normalized(tokenizer: Any, text: str) -> str:
 
 
 class _Words:
-    """Words of any script; single characters of those that put no spaces between words."""
+    """Words of any script, for rouge_score."""
 
     def tokenize(self, text: str) -> list[str]:
-        words, open_word = [], False
-        for c in unicodedata.normalize("NFC", text.casefold()):
-            if unicodedata.category(c)[0] not in "LNM":
-                open_word = False
-            elif open_word and not _UNSPACED.match(c):
-                words[-1] += c
-            else:
-                words.append(c)
-                open_word = not _UNSPACED.match(c)
-        return words or text.split()  # of signs only
-
-
-# Chinese characters, kana, Thai, Lao, Burmese, Khmer
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"
-)
+        return words_of(text) or text.split()  # of signs only
 
 
 @cache
@@ -121,5 +107,6 @@ def rouge_scorer() -> Any:
 
 def words(text: str) -> float:
     """How many words a text has, two characters counting as one in scripts that put no spaces between them."""
-    unspaced = len(_UNSPACED.findall(text))
-    return len(_UNSPACED.sub(" ", text).split()) + unspaced / 2
+    text = "".join(c for c in text if unicodedata.category(c)[0] != "M" and not VOWELS.match(c))
+    unspaced = len(UNSPACED.findall(text))
+    return len(UNSPACED.sub(" ", text).split()) + unspaced / 2

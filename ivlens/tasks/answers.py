@@ -1,6 +1,6 @@
 """Answers as texts: their words in any script, whether they say anything, and what is left of them without frame or finished.
 
-A word is a run of letters and digits; in scripts without spaces (Chinese, Japanese, Thai), a character.
+A word is a run of letters and digits; in scripts without spaces between words (Chinese, Japanese, Thai, Khmer), a character.
 """
 
 from __future__ import annotations
@@ -9,16 +9,42 @@ import re
 import unicodedata
 from collections import Counter
 
-__all__ = ["closed_json", "count_words", "is_degenerate", "loose_variants", "stands_in", "words_of"]
+__all__ = [
+    "UNSPACED",
+    "VOWELS",
+    "closed_json",
+    "count_words",
+    "is_degenerate",
+    "loose_variants",
+    "stands_in",
+    "words_of",
+]
 
-MARKS = "".join(c for c in map(chr, range(0x300, 0xFF00)) if unicodedata.category(c)[0] == "M")  # accents, vowel signs
-UNSPACED = "\u0e01-\u0e2e\u0e40-\u0e46\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Thai, kana, Han
-WORD = re.compile(rf"[{UNSPACED}][{MARKS}\u0e30-\u0e33]*|[^\W_{UNSPACED}](?:[^\W_{UNSPACED}]|[{MARKS}])*")
+# Thai, Lao, Burmese, Khmer, kana, Han: no spaces between words. And their vowels that belong to the letter before.
+UNSPACED = re.compile(
+    "[\u0e01-\u0e2e\u0e40-\u0e46\u0e81-\u0eae\u0ec0-\u0ec6\u1000-\u102a\u103f\u1050-\u1055\u1780-\u17b3\u3005\u3040-\u30ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+VOWELS = re.compile("[\u0e30-\u0e33\u0eb0-\u0eb3]")
 
 
 def words_of(text: str) -> list[str]:
     """All words, small letters, accents composed."""
-    return WORD.findall(unicodedata.normalize("NFC", text.casefold()))
+    words: list[str] = []
+    inside, alone = False, False  # a word; a character that is one
+    for c in unicodedata.normalize("NFC", text.casefold()):
+        kind, single = unicodedata.category(c)[0], UNSPACED.match(c) is not None
+        if kind == "M" or VOWELS.match(c):  # accents, vowel signs
+            if inside:
+                words[-1] += c
+        elif kind not in "LN":
+            inside = False
+        elif inside and not single and not alone:
+            words[-1] += c
+        else:
+            words.append(c)
+            inside, alone = True, single
+    return words
 
 
 def count_words(text: str) -> int:
