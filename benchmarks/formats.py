@@ -1,19 +1,23 @@
 """Format instructions on SmolLM2: which it follows, the heads that carry them, and what vectors do, beside their controls.
 
-    python benchmarks/formats.py [--out runs/formats] [--part compliance locate vectors steer gate pairs]
+    python benchmarks/formats.py [--out runs/formats] [--part compliance locate vectors steer gate pairs] [--task spanish ...]
 
-Every piece is kept under a key of all it depends on, so that an interrupted run goes on. About two hours on two cores.
+Every piece is kept under a key of all it depends on, so that an interrupted run goes on. Processes with tasks of their own
+(`OMP_NUM_THREADS=1`) share the work; one without `--task` then prints all tables. Matrix products are rounded to bfloat16 where
+the machine is faster at that, except where heads are located.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import warnings
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import ivlens as ivl
 from ivlens.common.keys import key
@@ -21,29 +25,36 @@ from ivlens.common.statistics import wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
-from ivlens.steering.compliance import written
+from ivlens.running.injection import Injection
+from ivlens.steering.compliance import Unsteered, balance_table, written
 from ivlens.steering.evaluation import Evaluation
 from ivlens.steering.gate import fit_gate
 from ivlens.tasks.checks import check_source, passes
+from ivlens.tasks.prompts import Prompt
 from ivlens.vectors.vector import InstructionVector
 
 PARTS = ("compliance", "locate", "vectors", "steer", "gate", "pairs")
 LOOK = {"style": "chat", "shots": 0, "instruction": True}
-LAYERS, SCALES = (12, 14, 16, 18, 20), (0.5, 0.75, 1.0, 1.5)
+LAYERS, SCALES = (12, 15, 18, 21), (0.5, 0.75, 1.0, 1.5)
 N_HEADS, N_PROMPTS, N_MEAN, N_VALID, TOKENS = 6, 12, 24, 12, 40
 FOLLOWED, UNASKED = 0.6, 0.1  # told and untold compliance on the validation split of what counts as followed
 
 
 class Study:
-    def __init__(self, out: Path):
+    def __init__(self, out: Path, only: list[str] | None = None):
         self.out, self.model = out, ivl.load_model()
         self.tasks = ivl.load_tasks(group="formats")
+        self.only = only or self.tasks.names
         self.backend = backend_of(self.model)
+        torch.set_float32_matmul_precision("medium")  # after the model has been compared
+
+    def mine(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.only]
 
     def kept(self, name: str, parts: list, work, load, save):
         """What `work` gives, from its file if it was done before."""
         stem, suffix = name.rsplit(".", 1)
-        path = self.out / f"{stem}-{key(self.model, *parts)[:16]}.{suffix}"
+        path = self.out / f"{stem}-{key(self.model, torch.get_float32_matmul_precision(), *parts)[:16]}.{suffix}"
         if not path.exists():
             save(work(), path)
         return load(path)
@@ -53,12 +64,12 @@ class Study:
         return self.kept(f"{name}.json", parts, work, lambda path: pd.DataFrame(read_json(path, name)["rows"]), save)
 
     # -- which are followed -----------------------------------------------------------------------------------------
-    def compliance(self, split: str) -> pd.DataFrame:
+    def compliance(self, split: str, names: list[str]) -> pd.DataFrame:
         """Told and untold, strict and loose, with the answers."""
         rows = []
         bare = ivl.build_prompts(self.tasks["bullets"], style="chat", split=split)
         untold = self._answers("untold", bare)
-        for task in self.tasks.values():
+        for task in self.tasks.subset(names).values():
             told = self._answers(task.name, ivl.build_prompts(task, split=split, **LOOK))
             for prompt, a, b in zip(bare, untold, told):
                 texts = {"untold": a, "told": b}
@@ -73,14 +84,21 @@ class Study:
 
     def followed(self) -> list[str]:
         """By the validation split, which chooses; the test split reports."""
-        means = self.compliance("valid").groupby("task", sort=False)[["told_strict", "untold_strict"]].mean()
+        scores = self.compliance("valid", self.tasks.names)
+        means = scores.groupby("task", sort=False)[["told_strict", "untold_strict"]].mean()
         return means.index[(means["told_strict"] >= FOLLOWED) & (means["untold_strict"] <= UNASKED)].tolist()
 
     # -- heads and vectors ------------------------------------------------------------------------------------------
     def effects(self, name: str) -> HeadEffects:
         task = self.tasks[name]
         options = {**LOOK, "n_prompts": N_PROMPTS, "n_mean": N_MEAN}
-        work = lambda: ivl.locate_heads(self.model, task, progress=False, folder=self.out / "partial", **options)  # noqa: E731
+
+        def work() -> HeadEffects:
+            torch.set_float32_matmul_precision("highest")
+            effects = ivl.locate_heads(self.model, task, progress=False, folder=self.out / "partial", **options)
+            torch.set_float32_matmul_precision("medium")
+            return effects
+
         parts = [task, options, check_source(task.check)]
         return self.kept(f"effects-{name}.safetensors", parts, work, HeadEffects.load, lambda x, path: x.save(path))
 
@@ -115,10 +133,10 @@ class Study:
         )
         return {"task": name, "way": way, "how": how, **found}
 
-    def searches(self) -> pd.DataFrame:
+    def searches(self, names: list[str]) -> pd.DataFrame:
         ways = (("heads", "add"), ("difference", "add"), ("residual", "add"), ("residual", "set"))
         rows = []
-        for name, (way, how) in itertools.product(self.followed(), ways):
+        for name, (way, how) in itertools.product(names, ways):
             rows.append(self.search(name, way, how))
             print(rows[-1], flush=True)
         return pd.DataFrame(rows)
@@ -128,7 +146,8 @@ class Study:
 
     def chosen(self) -> dict[str, InstructionVector]:
         """Per constraint the way that is best on the validation split."""
-        table = self.searches().sort_values("balance", ascending=False, kind="stable").drop_duplicates("task")
+        table = self.searches(self.followed())
+        table = table.sort_values("balance", ascending=False, kind="stable").drop_duplicates("task")
         return {row["task"]: self.vector(row) for _, row in table.iterrows()}
 
     # -- what they do -----------------------------------------------------------------------------------------------
@@ -143,10 +162,37 @@ class Study:
         path = f"evaluation-{label}-{name}.json"
         return self.kept(path, parts, work, Evaluation.load, lambda x, path: x.save(path))
 
+    def ways(self, name: str) -> pd.DataFrame:
+        """What the best vector of every way does to bare test questions, beside told answers to them."""
+        bare, told = (tuple(ivl.build_prompts(self.tasks[name], split="test", **x)) for x in ({"style": "chat"}, LOOK))
+
+        def scored(texts: list[str]) -> pd.DataFrame:
+            return pd.DataFrame(self.unsteered(name, bare).scores(texts)[0]).assign(text=texts)
+
+        parts = [bare, TOKENS]
+        rows = [
+            self.frame(f"test-{name}-told", [*parts, told], lambda: scored(self._answers(name, told))).assign(
+                condition="told"
+            )
+        ]
+        for _, row in self.searches([name]).iterrows():
+
+            def steered(row: pd.Series = row) -> pd.DataFrame:
+                injection = Injection.of(self.backend, self.vector(row))
+                return scored(written(self.backend, bare, {0: injection}, max_new_tokens=TOKENS)[0])
+
+            label = f"{row['way']}-{row['how']}"
+            rows.append(self.frame(f"test-{name}-{label}", [*parts, self.vector(row)], steered).assign(condition=label))
+        return pd.concat(rows).assign(task=name)
+
+    @functools.cache  # noqa: B019
+    def unsteered(self, name: str, bare: tuple[Prompt, ...]) -> Unsteered:
+        return Unsteered(self.backend, bare, max_new_tokens=TOKENS)
+
     def gates(self) -> pd.DataFrame:
         """A gate per constraint against questions untold and told of every other one."""
-        rows, names = [], self.followed()
-        for name in names:
+        rows = []
+        for name in self.mine(self.followed()):
             sets = {}
             for split in ("train", "valid", "test"):
                 yes = ivl.build_prompts(self.tasks[name], split=split, **LOOK)
@@ -186,9 +232,7 @@ class Study:
             told = ivl.build_prompts(self.tasks[a], style="chat", split="test", instruction=both)
 
             def work(a=a, b=b, bare=bare, told=told) -> pd.DataFrame:
-                injection = ivl.running.injection.Injection.of(
-                    self.backend, [added[a], added[b]], positions="generated"
-                )
+                injection = Injection.of(self.backend, [added[a], added[b]], positions="generated")
                 texts = [
                     written(self.backend, bare, {0: injection}, max_new_tokens=TOKENS)[0],
                     self._answers(f"{a}+{b}", told),
@@ -204,40 +248,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/formats"))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--task", nargs="+", help="the work on these only")
     given = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
     pd.set_option("display.width", 200, "display.max_columns", 30, "display.max_rows", 500)
-    study = Study(given.out)
+    study = Study(given.out, given.task)
     if "compliance" in given.part:
         columns = ["untold_strict", "untold_loose", "told_strict", "told_loose"]
         for split in ("valid", "test"):
-            means = study.compliance(split).groupby("task", sort=False)[columns].mean()
-            print(f"== compliance, {split} split\n{means.round(3)}", flush=True)
-        print("followed:", study.followed(), flush=True)
+            means = study.compliance(split, study.only).groupby("task", sort=False)[columns].mean()
+            show(f"compliance, {split} split", means)
+    if set(given.part) == {"compliance"}:
+        return
+    names = study.mine(study.followed())
     if "locate" in given.part:
-        for name in study.followed():
-            print(f"== {study.effects(name)} {json.dumps(study.effects(name).metadata['own_answers'])}", flush=True)
+        for name in names:
+            show(f"{study.effects(name)} {json.dumps(study.effects(name).metadata['own_answers'])}")
     if "vectors" in given.part:
-        table = study.searches()
-        print(
-            f"== balance on the validation split\n{table.pivot_table('balance', 'task', ['way', 'how']).round(3)}",
-            flush=True,
-        )
+        table = study.searches(names)
+        show("balance on the validation split", table.pivot_table("balance", "task", ["way", "how"]))
     if "steer" in given.part:
         vectors = study.chosen()
-        for name in vectors:
+        for name in names:
             found = study.evaluation("all", name, vectors, ivl.steering.CONTROLS)
-            print(f"== {name}: {vectors[name]}\n{found}\n{found.balance().round(3)}", flush=True)
-        for _, row in study.searches().iterrows():
-            found = study.evaluation(f"{row['way']}-{row['how']}", row["task"], {row["task"]: study.vector(row)}, ())
-            print(f"== {row['task']} {row['way']} {row['how']}\n{found.balance().round(3)}", flush=True)
+            show(f"{name}: {vectors[name]}\n{found}", found.balance())
+        for name in names:
+            show(f"{name} by every way, test split", balance_table(study.ways(name)))
     if "gate" in given.part:
-        print(f"== gates, test split\n{study.gates().round(3)}", flush=True)
+        show("gates, test split", study.gates())
     if "pairs" in given.part:
-        print(
-            f"== two at once, test split\n{study.pairs().groupby('pair')[['vectors', 'told']].mean().round(3)}",
-            flush=True,
-        )
+        show("two at once, test split", study.pairs().groupby("pair")[["vectors", "told"]].mean())
+
+
+def show(title: str, table: pd.DataFrame | None = None) -> None:
+    print(f"== {title}", *([] if table is None else [table.round(3)]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -963,6 +963,7 @@ TOKENS = st.one_of(st.text(min_size=1, max_size=8), st.lists(PIECES, min_size=1,
 
 @given(text=TEXTS)
 @settings(max_examples=150, deadline=None)
+@pytest.mark.slow
 def test_any_text_is_judged_and_strict_implies_loose(text):
     for check in EVERY:
         strict, loose = passes(check, text), passes(check, text, loose=True)
@@ -972,6 +973,7 @@ def test_any_text_is_judged_and_strict_implies_loose(text):
 
 @given(token=TOKENS, n=st.integers(6, 40), between=st.sampled_from(["", " ", "\n", ", ", "\n\n* ", "-"]))
 @settings(max_examples=300, deadline=None)
+@pytest.mark.slow
 def test_one_token_over_and_over_meets_no_check(token, n, between):
     text = between.join([token] * n)
     assert not [check for check in EVERY if passes(check, text) or passes(check, text, loose=True)]
@@ -980,10 +982,12 @@ def test_one_token_over_and_over_meets_no_check(token, n, between):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"a":' * 50_000, "1" * 10_000, "(" * 9_999, "* a\n" * 5_000, "tea! " * 9_999]
 )
+@pytest.mark.slow
 def test_endless_texts_are_judged_too(text):
     assert not [check for check in EVERY if passes(check, text) or passes(check, text, loose=True)]
 
 
+@pytest.mark.slow
 def test_checks_are_pure():
     random.seed(1)
     np.random.seed(1)

@@ -213,6 +213,7 @@ def test_train_writes_adapters_and_a_report(trained):
     assert "<html" in (trained / "report.html").read_text().lower()
 
 
+@pytest.mark.slow
 def test_compare_writes_change_recovery_and_a_report(folder, trained, tmp_path):
     output = run("compare", f"{trained / 'final'}", *given(folder), "--n-effects", "6", "--out", f"{tmp_path}")
     assert "Share of the lost accuracy" in output

@@ -151,6 +151,7 @@ def test_groups_are_listed_and_taken():
     assert suite.names[:3] == ["antonym", "spanish", "bullets"] and len(suite) == 20
 
 
+@pytest.mark.slow
 def test_the_models_own_answers_are_trained_on_and_followed(folder, base, tmp_path):
     size = ["--steps", "2", "--batch-size", "2", "--lr", "0.01", "--not-told"]
     run("train", *own(folder, base), *size, "--out", f"{tmp_path / 'trained'}")

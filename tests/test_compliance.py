@@ -102,6 +102,7 @@ def test_where_told_answers_have_no_topic_it_is_left_out():
 
 
 # -- evaluate -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_every_condition_asks_the_test_questions_and_told_ones_the_held_out_wording(model, free, found):
     rows = found.scores[found.scores["task"] == "free"]
     noise = [random_vector(V, draw=i) for i in (0, 1)]

@@ -111,6 +111,7 @@ def test_the_base_has_scores_but_neither_learns_nor_forgets(found):
     assert base["mean"]["IP"] == pytest.approx((7 / 8 + 5 / 6) / 2)
 
 
+@pytest.mark.slow
 def test_intervals_are_those_of_a_loop_over_the_same_draws(found):
     n = 60
     mine = resampled(found.scores, SEQUENCE, n_bootstrap=n, seed=3)

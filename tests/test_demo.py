@@ -17,6 +17,7 @@ def roomy(tokenizer):
     return ivl.load_model(tiny.hf_model("llama", max_position_embeddings=2048), tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_an_instruction_on_the_form_is_located_tuned_scored_and_shown(roomy, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CONSTRAINT", "short")  # of which a random model's answers are
     found = demo.Constraint.study(roomy, tmp_path, 0)

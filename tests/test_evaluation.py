@@ -57,6 +57,7 @@ def test_each_head_at_its_own_layer_has_a_random_control_too(model, task, other_
     torch.testing.assert_close(control.shares.norm(dim=1), vectors["past"].shares.norm(dim=1))
 
 
+@pytest.mark.slow
 def test_scores_equal_a_forward_pass_and_greedy_decoding_by_hand(tokenizer):
     model = ivl.load_model(tiny.ending_model(), tokenizer=tokenizer)
     backend = backend_of(model)

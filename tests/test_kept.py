@@ -105,6 +105,7 @@ def assert_told_apart(function, folder, options, changes, apart=frozenset()):
         seen = more
 
 
+@pytest.mark.slow
 def test_fine_tune(base, other_base, task, other_task, run, tmp_path, tokenizer_folder):
     ending_otherwise = AutoTokenizer.from_pretrained(tokenizer_folder, eos_token="<pad>")
     changed = ivl.Task.from_records(
@@ -145,6 +146,7 @@ def test_fine_tune(base, other_base, task, other_task, run, tmp_path, tokenizer_
     fine_tune(vectors={"past": vector()}, **guided)
 
 
+@pytest.mark.slow
 def test_locate_heads(load, tokenizer, tmp_path):
     model = load("llama")
     task, other = (tiny.answered_task(model, name, "Go.", whole=False, n=24) for name in ("own", "another"))
@@ -200,6 +202,7 @@ def test_head_effects(load, tokenizer, tmp_path):
     assert_told_apart(head_effects, tmp_path, options, changes)
 
 
+@pytest.mark.slow
 def test_track(base, other_base, run, task, other_task, tmp_path):
     options = {"checkpoints": [run.checkpoints[0]], "tasks": task, "heads": [Head(0, 1)], "model": base, "shots": 2}
     changes = {
@@ -219,6 +222,7 @@ def test_track(base, other_base, run, task, other_task, tmp_path):
     assert_told_apart(track, tmp_path, {**options, "n_prompts": 3, "n_mean": 3, "progress": False}, changes)
 
 
+@pytest.mark.slow
 def test_recover(base, other_base, run, task, other_task, tmp_path):
     vectors = {"past": vector(), "plural": vector(1)}
     options = {"checkpoints": [run.checkpoints[0]], "tasks": task, "vectors": vectors, "model": base, "shots": 2}

@@ -65,6 +65,7 @@ def test_what_it_cannot_tell_apart_is_refused():
     assert key(torch.relu) != key(torch.tanh) and key(InstructionVector) != key(torch.nn.Linear)
 
 
+@pytest.mark.slow
 def test_a_peft_config_has_the_same_key_in_every_process():
     script = (
         "from peft import LoraConfig\nfrom ivlens.common.keys import key\n"

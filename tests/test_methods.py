@@ -210,6 +210,7 @@ def test_a_reservoir_is_a_uniform_sample():
 
 
 @pytest.mark.parametrize("name", ["ewc", "replay", "o_lora", "iv", "lwf"])
+@pytest.mark.slow
 def test_an_interrupted_second_stage_goes_on_to_the_same_weights(base, other_task, first, tmp_path, name):
     from transformers import Trainer, TrainerCallback
 

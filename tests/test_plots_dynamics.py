@@ -276,6 +276,7 @@ def test_scatter_without_effects_and_with_too_few_points():
     assert all(trace.mode == "markers" for trace in figure.data)
 
 
+@pytest.mark.slow
 def test_many_tasks_differ_by_colour_or_symbol():
     figure = plot_change(along(2, tasks=tuple(f"task_{i}" for i in range(20))), "scatter")
     looks = {(t.marker.color, t.marker.symbol) for t in figure.data if t.mode == "markers"}
@@ -357,6 +358,7 @@ def every_figure(change: Change, tasks=TASKS, checkpoint: str = "a/final") -> li
     return [*figures, plot_probabilities(probabilities(tasks=tasks), probabilities(1.0, tasks=tasks))]
 
 
+@pytest.mark.slow
 def test_markup_in_names_is_shown_not_obeyed():
     change = along(tasks=(UGLY, "b"))
     for figure in every_figure(change, (UGLY, "b")):

@@ -228,6 +228,7 @@ def test_what_to_install_is_said(tmp_path, figure, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the browser is a shell script")
+@pytest.mark.slow
 def test_a_silent_browser_is_given_up_and_ended(tmp_path, figure, monkeypatch):
     import psutil
 

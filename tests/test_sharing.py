@@ -24,6 +24,7 @@ with torch.inference_mode(), ivl.InstructionVector.load(folder + "/vector").inje
 
 
 @pytest.mark.parametrize("backend", ["bridge", "hooked"] if tiny.HOOKED else ["bridge"])
+@pytest.mark.slow
 def test_vector_gives_the_same_logits_in_a_new_process(backend, task, tokenizer, tmp_path):
     tiny.hf_model("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -252,6 +252,7 @@ def test_the_library_s_generate_shows_the_text_without_with_and_against_the_vect
     }
 
 
+@pytest.mark.slow
 def test_free_answers_are_shown_whole_beside_what_the_user_says(model, vector):
     prompt = ivl.Prompt(
         ivl.Example("Tell me about tea.", "", check="bullets"), instruction="Use bullets.", style="chat"

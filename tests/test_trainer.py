@@ -398,6 +398,7 @@ def test_a_teacher_kept_whole_trains_like_one_asked_in_every_step(data, vectors,
     assert len(kept) == 1 and not list((tmp_path / "None").glob("teacher-*"))
 
 
+@pytest.mark.slow
 def test_kept_outputs_are_read_again_and_not_for_other_vectors(data, vectors, tokenizer, tmp_path, monkeypatch):
     def train(vectors, data=data):
         trainer_for(with_lora(tiny.hf_model("llama")), data, vectors, tokenizer, tmp_path, "paper", keep=20).train()

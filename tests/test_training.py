@@ -110,6 +110,7 @@ def test_training_changes_the_model_and_lowers_the_loss(base, task, tmp_path):
     assert not torch.equal(logits_of(ivl.load_model(run.final)), logits_of(ivl.load_model(base)))
 
 
+@pytest.mark.slow
 def test_the_adapter_loads_back_with_the_same_logits_in_a_new_process(base, run, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -143,6 +144,7 @@ def test_guided_training_logs_its_terms_and_trains_another_adapter(base, task, r
 
 
 @pytest.mark.parametrize("kind", ["plain", "guided"])
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(base, task, run, guided, tmp_path, kind):
     from safetensors.torch import load_file
     from transformers import TrainerCallback
@@ -208,6 +210,7 @@ def test_a_checkpoint_without_our_mark_is_neither_used_nor_removed(base, task, t
     assert again.checkpoints == whole.checkpoints and (tmp_path / "checkpoint-3" / "mine").is_file()
 
 
+@pytest.mark.slow
 def test_a_lora_config_is_not_changed_and_goes_on_only_as_it_was(base, task, tmp_path):
     from peft import LoraConfig
 

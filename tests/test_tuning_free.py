@@ -68,6 +68,7 @@ def check(search, tried, way, layers, scales, vectors):
 
 
 @pytest.mark.parametrize(("how", "way"), [("add", "added"), ("set", "set_to")])
+@pytest.mark.slow
 def test_the_search_equals_trying_every_setting_by_hand(model, free, how, way):
     layers, scales = (2, 0), (0.5, -1.0, 2.0)
     v = vector()
@@ -76,6 +77,7 @@ def test_the_search_equals_trying_every_setting_by_hand(model, free, how, way):
     assert len(set(search.accuracy.flatten().tolist())) > 3 and search.n == len(free.valid)
 
 
+@pytest.mark.slow
 def test_several_vectors_are_tried_each_at_its_own_layer(model, free):
     vectors, scales = [vector(7, 2), vector(8, 0), vector(9, 1)], (1.0, 1.5)
     search = ivl.tune_injection(model, free, vectors, scales=scales, max_new_tokens=TOKENS, seed=3)
@@ -111,6 +113,7 @@ def test_equal_but_for_rounding_is_no_better():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.slow
 def test_batches_of_any_size_give_the_same(model, free, batch_size):
     options = {"layers": [0, 2], "scales": [1.0, 2.0], "max_new_tokens": TOKENS}
     one, other = (ivl.tune_injection(model, free, vector(), batch_size=n, **options) for n in (batch_size, 256))
@@ -141,6 +144,7 @@ def test_what_free_answers_have_no_use_for_is_refused(model, free, task):
             ivl.tune_injection(model, free, several)
 
 
+@pytest.mark.slow
 def test_a_best_that_is_none_or_stands_at_the_edge_is_said(model, free):
     tried, options = Tried(model, free), {"layers": [1], "max_new_tokens": TOKENS}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ivlens.models.backend import Backend
-from ivlens.running.decoding import complete
+from ivlens.running.decoding import choose, complete
 from ivlens.running.injection import Injection
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.checks import passes
@@ -46,25 +46,29 @@ class Unsteered:
         between languages. `surprise`: minus the log-probability that the unsteered model gives it after the bare question;
         its exponential is the perplexity.
         """
-        own = self._likelihood([text for texts in several for text in texts])
-        other = self._likelihood([text for texts in several for text in [*texts[1:], *texts[:1]]])
+        topic = self._topic([text for texts in several for text in texts])
         surprise = self._surprise([text for texts in several for text in texts])
         rows = []
-        for prompt, text, *values in zip(self.bare * len(several), itertools.chain(*several), own - other, surprise):
+        for prompt, text, *values in zip(self.bare * len(several), itertools.chain(*several), topic, surprise):
             check = prompt.query.check
             met = {"met": float(passes(check, text)), "met_loose": float(passes(check, text, loose=True))}
             rows.append({**met, "topic": float(values[0]), "surprise": float(values[1])})
         return [rows[i : i + len(self.bare)] for i in range(0, len(rows), len(self.bare))]
 
-    def _likelihood(self, texts: Sequence[str]) -> np.ndarray:
-        """Log-probability per token of the unsteered answers, each after the text given."""
-        answers = self.answers * (len(texts) // len(self.answers))
-        found = np.zeros(len(texts))
-        some = [i for i, answer in enumerate(answers) if answer.strip()]
-        if some:
-            before, after = [f"{texts[i].strip()}\n\n" for i in some], [answers[i] for i in some]
-            found[some] = self._per_token(tokenize(self.backend, before, after))
-        return found
+    def _topic(self, texts: Sequence[str]) -> np.ndarray:
+        """Log-probability per token of each unsteered answer after this text, minus that after the text to the next question."""
+        n, some = len(self.answers), np.array([bool(x.strip()) for x in self.answers])
+        answers = [x if says else "." for x, says in zip(self.answers, some)]
+        before = [f"{text.strip()}\n\n" for text in texts]
+        own, earlier = (
+            tokenize(self.backend, before, [answers[(j - k) % n] for j in range(len(texts))]) for k in (0, 1)
+        )
+        both = choose(
+            self.backend, own, [(x.answer, y.answer) for x, y in zip(own, earlier)], batch_size=self.batch_size
+        )
+        scores = np.array(both).reshape(-1, n, 2)  # condition, question, before which answer
+        change = (scores[:, :, 0] - np.roll(scores[:, :, 1], -1, axis=1)) / [len(row.answer) for row in own[:n]]
+        return np.where(some, change, 0.0).reshape(-1)
 
     def _surprise(self, texts: Sequence[str]) -> np.ndarray:
         asked = self.bare * (len(texts) // len(self.bare))
@@ -72,11 +76,9 @@ class Unsteered:
             self.backend, [replace(p, query=replace(p.query, output=x.strip())) for p, x in zip(asked, texts)]
         )
         # An answer that says nothing is the end of text.
-        return -self._per_token([replace(x, answer=x.answer or self.backend.end_tokens[:1]) for x in rows])
-
-    def _per_token(self, rows: Sequence[TokenizedPrompt]) -> np.ndarray:
+        rows = [replace(x, answer=x.answer or self.backend.end_tokens[:1]) for x in rows]
         done = complete(self.backend, rows, {0: None}, batch_size=self.batch_size)[0]
-        return np.array(done.log_probability) / [max(len(row.answer), 1) for row in rows]
+        return -np.array(done.log_probability) / [len(row.answer) for row in rows]
 
 
 def told_by(instruction: bool | str | int | None) -> bool | str | int:
