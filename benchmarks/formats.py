@@ -35,8 +35,10 @@ from ivlens.vectors.vector import InstructionVector
 
 PARTS = ("compliance", "locate", "vectors", "steer", "gate", "pairs")
 LOOK = {"style": "chat", "shots": 0, "instruction": True}
+PRECISION = "medium"  # of torch.set_float32_matmul_precision
 LAYERS, SCALES = (12, 15, 18, 21), (0.5, 0.75, 1.0, 1.5)
 N_HEADS, N_PROMPTS, N_MEAN, N_VALID, TOKENS = 6, 12, 24, 12, 40
+LORA = {"steps": 60, "learning_rate": 5e-4, "dtype": "bfloat16", "progress": False}
 FOLLOWED, UNASKED = 0.6, 0.1  # told and untold compliance on the validation split of what counts as followed
 
 
@@ -46,7 +48,7 @@ class Study:
         self.tasks = ivl.load_tasks(group="formats")
         self.only = only or self.tasks.names
         self.backend = backend_of(self.model)
-        torch.set_float32_matmul_precision("medium")  # after the model has been compared
+        torch.set_float32_matmul_precision(PRECISION)  # after the model has been compared
 
     def mine(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.only]
@@ -54,7 +56,7 @@ class Study:
     def kept(self, name: str, parts: list, work, load, save):
         """What `work` gives, from its file if it was done before."""
         stem, suffix = name.rsplit(".", 1)
-        path = self.out / f"{stem}-{key(self.model, torch.get_float32_matmul_precision(), *parts)[:16]}.{suffix}"
+        path = self.out / f"{stem}-{key(self.model, 'medium', *parts)[:16]}.{suffix}"
         if not path.exists():
             save(work(), path)
         return load(path)
@@ -96,7 +98,7 @@ class Study:
         def work() -> HeadEffects:
             torch.set_float32_matmul_precision("highest")
             effects = ivl.locate_heads(self.model, task, progress=False, folder=self.out / "partial", **options)
-            torch.set_float32_matmul_precision("medium")
+            torch.set_float32_matmul_precision(PRECISION)
             return effects
 
         parts = [task, options, check_source(task.check)]
@@ -183,7 +185,18 @@ class Study:
 
             label = f"{row['way']}-{row['how']}"
             rows.append(self.frame(f"test-{name}-{label}", [*parts, self.vector(row)], steered).assign(condition=label))
+        trained = lambda: scored(self.written_by_lora(name, bare))  # noqa: E731
+        rows.append(self.frame(f"test-{name}-lora", [*parts, self.tasks[name], LORA], trained).assign(condition="lora"))
         return pd.concat(rows).assign(task=name)
+
+    def written_by_lora(self, name: str, bare: tuple[Prompt, ...]) -> list[str]:
+        """Trained to answer bare training questions as the told model does where it keeps to the instruction."""
+        torch.set_float32_matmul_precision("highest")  # in which a loaded model is compared
+        task = ivl.with_own_answers(self.model, self.tasks[name], splits=("train",), folder=self.out / "partial")
+        run = ivl.fine_tune("smollm2", task, folder=self.out / f"lora-{name}", style="chat", instruction=False, **LORA)
+        backend = backend_of(ivl.load_model("smollm2", adapter=run.final))
+        torch.set_float32_matmul_precision(PRECISION)
+        return written(backend, bare, {0: None}, max_new_tokens=TOKENS)[0]
 
     @functools.cache  # noqa: B019
     def unsteered(self, name: str, bare: tuple[Prompt, ...]) -> Unsteered:

@@ -11,19 +11,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from formats import LOOK, TOKENS, Study
+import torch
+from formats import LOOK, TOKENS, Study, show
 
 import ivlens as ivl
 from ivlens.common.keys import key
-from ivlens.common.statistics import bootstrap_mean
-from ivlens.steering.evaluation import Evaluation
+from ivlens.common.statistics import bootstrap_mean, resampled_means
+from ivlens.common.storage import read_json, write_json
+from ivlens.models.backends import backend_of
+from ivlens.running.decoding import complete
+from ivlens.running.injection import Injection
+from ivlens.running.tokens import tokenize
+from ivlens.steering.compliance import written
+from ivlens.steering.controls import random_vector
+from ivlens.tasks.checks import passes
 
 NEW = ("english_french", "object_counting", "alphabetically_first")
 METHODS = ("lora", "iv", "averaging")
-N_OWN = 60  # told questions behind similarity and probabilities
+N_TEST = 40  # test questions per constraint and run
+N_OWN = 40  # told questions behind similarity and probabilities
 
 
 class Forgetting:
@@ -32,11 +43,12 @@ class Forgetting:
         self.study = Study(given.formats)
         self.words = ivl.load_tasks(NEW)
         self.vectors = self.study.chosen()
+        torch.set_float32_matmul_precision("highest")
         self.tasks = {name: self.study.tasks[name] for name in self.vectors}
 
     # -- training ---------------------------------------------------------------------------------------------------
     def run(self, new: str, seed: int, method: str) -> ivl.TrainingRun:
-        options = {"steps": 100, "learning_rate": 5e-4, "seed": seed, "progress": False}
+        options = {"steps": 100, "learning_rate": 5e-4, "dtype": "bfloat16", "seed": seed, "progress": False}
         if method == "iv":
             options["vectors"] = {new: self._new_vector(new)}
         folder = self.out / f"{new}-{method}-{seed}"
@@ -52,32 +64,59 @@ class Forgetting:
         return ivl.InstructionVector.load(path)
 
     # -- measuring --------------------------------------------------------------------------------------------------
-    def evaluations(self, label: str, model: object, controls: bool) -> dict[str, Evaluation]:
-        """Told and untold, with the base model's vectors and their controls (or without), scored by the base model."""
-        found = {}
-        for name, task in self.tasks.items():
-            vectors = {"vectors": self.vectors, "controls": ("random vector",), "draws": 1} if controls else {}
-            options = {"style": "chat", "max_new_tokens": TOKENS, "progress": False, **vectors}
-            path = self.out / f"evaluation-{label}-{name}-{key(model, task, options, TOKENS)[:16]}.json"
+    def answers(self, label: str, model: object, name: str, vectors: bool) -> pd.DataFrame:
+        """What is written to told and untold test questions, with the base model's vector and a random one in both (or with none)."""
+        task, backend = self.tasks[name], backend_of(model)
+        looks = {"untold": {"style": "chat"}, "told": LOOK}
+        asked = {kind: ivl.build_prompts(task, split="test", n=N_TEST, **look) for kind, look in looks.items()}
+        tries: dict[str, Injection | None] = {"": None}
+        if vectors:
+            some = {" + old vector": self.vectors[name], " + random vector": random_vector(self.vectors[name])}
+            tries |= {added: Injection.of(backend, v) for added, v in some.items()}
+        path = self.out / f"answers-{label}-{name}-{key(model, asked, tries, TOKENS)[:16]}.json"
+        if not path.exists():
+            rows = []
+            for kind, prompts in asked.items():
+                for added, texts in written(backend, prompts, tries, max_new_tokens=TOKENS).items():
+                    met = [float(passes(task.check, text)) for text in texts]
+                    about = {"task": name, "condition": kind + added, "prompt": range(len(texts))}
+                    rows.append(pd.DataFrame({**about, "met": met, "text": texts}))
+            write_json(path, "answers", {"rows": pd.concat(rows).to_dict("records")})
+        return pd.DataFrame(read_json(path, "answers")["rows"])
+
+    def likelihood(self, label: str, model: object, name: str) -> pd.DataFrame:
+        """Nats per token of the base model's answers: knowledge, to the bare question; instruction, to the told one where it passes."""
+        base, backend = self.answers("base", self.study.model, name, True), backend_of(model)
+        rows = []
+        for kind, what, look in (("untold", "knowledge", {"style": "chat"}), ("told", "instruction", LOOK)):
+            prompts = ivl.build_prompts(self.tasks[name], split="test", n=N_TEST, **look)
+            some = base[base["condition"] == kind]
+            if kind == "told":
+                some = some[some["met"] > 0]
+            asked = [prompts[i] for i in some["prompt"]]
+            asked = [replace(p, query=replace(p.query, output=text)) for p, text in zip(asked, some["text"])]
+            path = self.out / f"likelihood-{label}-{name}-{what}-{key(model, asked)[:16]}.json"
             if not path.exists():
-                ivl.evaluate(model, task, reference=self.study.model, **options).save(path)
-            found[name] = Evaluation.load(path)
-        return found
+                tokens = tokenize(backend, asked)
+                done = complete(backend, tokens, {0: None})[0].log_probability
+                values = [value / len(row.answer) for value, row in zip(done, tokens)]
+                write_json(path, "likelihood", {"prompt": some["prompt"].tolist(), "value": values})
+            rows.append(pd.DataFrame(read_json(path, "likelihood")).assign(task=name, what=what))
+        return pd.concat(rows)
 
-    def scores(self) -> pd.DataFrame:
-        """One row per method, new task, seed, constraint, condition and question."""
-        parts = [self._frame(self.evaluations("base", self.study.model, True), "base", "", 0)]
+    def scores(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Answers: one row per method, new task, seed, constraint, condition and question; and likelihoods of the base model's."""
+        parts = [self.answers("base", self.study.model, name, True).assign(method="base") for name in self.tasks]
+        likelihoods = [self.likelihood("base", self.study.model, name).assign(method="base") for name in self.tasks]
         for method, new, seed in itertools.product(self.given.methods, self.given.new, self.given.seeds):
-            run = self.run(new, seed, method)
             label = f"{new}-{method}-{seed}"
-            model = ivl.load_model("smollm2", adapter=run.final)
-            parts.append(self._frame(self.evaluations(label, model, method == "lora"), method, new, seed))
+            model = ivl.load_model("smollm2", adapter=self.run(new, seed, method).final)
+            about = {"method": method, "new": new, "seed": seed}
+            for name in self.tasks:
+                parts.append(self.answers(label, model, name, method == "lora").assign(**about))
+                likelihoods.append(self.likelihood(label, model, name).assign(**about))
             print("done", label, flush=True)
-        return pd.concat(parts, ignore_index=True)
-
-    @staticmethod
-    def _frame(found: dict[str, Evaluation], method: str, new: str, seed: int) -> pd.DataFrame:
-        return pd.concat([e.scores for e in found.values()]).assign(method=method, new=new, seed=seed)
+        return pd.concat(parts, ignore_index=True), pd.concat(likelihoods, ignore_index=True)
 
     def change(self, new: str) -> ivl.Change:
         """Vectors' similarity and what becomes of the base model's own answers, plain LoRA."""
@@ -91,16 +130,35 @@ class Forgetting:
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """Per method and condition: constraint met before and after, the mean over constraints, runs and questions."""
-    base = scores[scores["method"] == "base"].set_index(["task", "condition", "prompt"])["met"]
-    rows = []
-    for (method, condition), part in scores[scores["method"] != "base"].groupby(["method", "condition"], sort=False):
-        before = base.reindex(pd.MultiIndex.from_frame(part[["task", "condition", "prompt"]])).to_numpy()
-        part = part.assign(lost=before - part["met"].to_numpy())
-        groups = [g["lost"].to_numpy() for _, g in part.groupby(["task", "new", "seed"])]
-        low, high = bootstrap_mean(groups)
-        row = {"method": method, "condition": condition, "before": before.mean(), "after": part["met"].mean()}
-        rows.append({**row, "lost": part["lost"].mean(), "low": low, "high": high, "n": len(part)})
+    """Per method and condition: constraint met by the base and after, the mean over constraints, runs and questions; intervals over
+    questions. `returned`: which share of the told answers' loss is gone with the vector added."""
+    table = scores.pivot_table(
+        index=["task", "prompt"], columns=["method", "condition"], values="met"
+    )  # mean over runs
+    base, rows = table["base"], []
+    for method in table.columns.unique("method").drop("base"):
+        for condition in table[method].columns:
+            pairs = pd.DataFrame({"fallen": base[condition] - table[method][condition]})
+            pairs["lost"] = base["told"] - table[method]["told"]
+            pairs["back"] = table[method][condition] - table[method]["told"]
+            draws = resampled_means([group.to_numpy() for _, group in pairs.groupby("task")])
+            row = {
+                "method": method,
+                "condition": condition,
+                "before": base[condition].mean(),
+                "after": table[method][condition].mean(),
+            }
+            row |= dict(
+                zip(("change", "low", "high"), (-pairs["fallen"].mean(), *np.quantile(-draws[:, 0], [0.025, 0.975])))
+            )
+            if condition.startswith("told +"):
+                low, high = np.quantile(draws[:, 2] / draws[:, 1], [0.025, 0.975])
+                row |= {
+                    "returned": pairs["back"].mean() / pairs["lost"].mean(),
+                    "returned_low": low,
+                    "returned_high": high,
+                }
+            rows.append({**row, "questions": len(pairs)})
     return pd.DataFrame(rows)
 
 
@@ -115,13 +173,32 @@ def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
     pd.set_option("display.width", 200, "display.max_columns", 30, "display.max_rows", 500)
     work = Forgetting(given)
-    scores = work.scores()
-    print(f"== constraint met, before and after\n{summary(scores).round(3).to_string()}")
-    told = scores[scores["condition"] == "told"].groupby(["task", "method", "new"], sort=False)["met"].mean()
-    print(f"== told, by constraint\n{told.unstack('task').round(3)}")
+    scores, likelihoods = work.scores()
+    show("constraint met, before and after", summary(scores))
+    told = scores[scores["condition"].isin(["told", "told + old vector"])]
+    by = ["task", "method", "new", "condition"]
+    show("told, by constraint", told.fillna({"new": ""}).groupby(by, sort=False)["met"].mean().unstack("task"))
+    seeds = told[told["method"] != "base"].groupby(["method", "condition", "new", "seed"], sort=False)["met"].mean()
+    show("told, by seed", seeds.unstack("seed"))
+    show("likelihood of the base model's answers", fall(likelihoods))
     for new in given.new:
-        points = work.change(new).points()
-        print(f"== vectors and the base model's own answers after {new}\n{points.round(3).to_string()}")
+        show(f"vectors after {new}", work.change(new).points())
+
+
+def fall(likelihoods: pd.DataFrame) -> pd.DataFrame:
+    """Nats per token by which the base model's answers are less likely, the mean over constraints, runs and questions."""
+    base = likelihoods[likelihoods["method"] == "base"].set_index(["task", "what", "prompt"])["value"]
+    after = likelihoods[likelihoods["method"] != "base"]
+    after = after.assign(
+        fall=base.loc[pd.MultiIndex.from_frame(after[["task", "what", "prompt"]])].to_numpy() - after["value"]
+    )
+    rows = []
+    for (method, new, what), part in after.groupby(["method", "new", "what"], sort=False):
+        means = part.groupby(["task", "prompt"])["fall"].mean()  # over seeds
+        low, high = bootstrap_mean([group.to_numpy() for _, group in means.groupby("task")])
+        row = {"method": method, "new": new, "what": what, "fall": means.groupby("task").mean().mean()}
+        rows.append({**row, "low": low, "high": high, "n": len(means)})
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":
