@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from ivlens.models import backend_of
@@ -91,3 +92,12 @@ def balance(of: list[dict[str, float]], told: list[dict[str, float]]) -> float:
     if mean(told, "topic") > 0:
         parts.append(min(max(mean(of, "topic") / mean(told, "topic"), 0), 1))
     return 0.0 if min(parts) == 0 else len(parts) / sum(1 / part for part in parts)
+
+
+def balance_interval(of: list[dict[str, float]], told: list[dict[str, float]]) -> tuple[float, float]:
+    """95 % bootstrap interval over questions, told answers drawn with those beside them; `of` may hold several draws of a control."""
+    n = len(told)
+    means = [{name: sum(row[name] for row in of[i::n]) / len(of[i::n]) for name in told[0]} for i in range(n)]
+    drawn = np.random.default_rng(0).integers(n, size=(2000, n))
+    low, high = np.quantile([balance([means[i] for i in x], [told[i] for i in x]) for x in drawn], [0.025, 0.975])
+    return low, high

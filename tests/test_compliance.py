@@ -204,8 +204,20 @@ def test_balance_is_of_the_free_tasks_alone(found, model, task):
         assert row.balance == pytest.approx(by_hand.balance(rows[row.condition], rows["told"]))
         mean = sum(x["surprise"] for x in rows[row.condition]) / len(rows[row.condition])
         assert row.perplexity == pytest.approx(math.exp(mean))
+        assert row.n == len(rows["told"]) and row.low <= row.balance <= row.high
+        low, high = by_hand.balance_interval(rows[row.condition], rows["told"])
+        assert (row.low, row.high) == (pytest.approx(low), pytest.approx(high))
     with pytest.raises(ValueError, match="no free answers were scored; there are first_token"):
         ivl.evaluate(model, task, n_prompts=2, progress=False).balance()
+
+
+def test_told_answers_that_are_not_on_topic_are_no_yardstick_and_this_is_said(found):
+    changed = found.scores.assign(topic=-0.1)
+    with pytest.warns(
+        UserWarning, match=r"told answers of 'free' .*topic -0\.100 nats.* left out of the balance"
+    ) as warned:
+        table = replace(found, scores=changed).balance()
+    assert table["on_topic"].isna().all() and table["balance"].notna().all() and warned[0].filename == __file__
 
 
 def test_an_evaluation_with_free_answers_comes_back_from_its_file(found, tmp_path):

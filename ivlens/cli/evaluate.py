@@ -61,7 +61,10 @@ def evaluate(
         sections = _free(result) if free else _scores(result, loaded is not None)
         report(out, "Evaluation", sections, result.metadata)
     if free:
-        print_table(result.balance(), "Constraint met, on topic, fluent, and their harmonic mean")
+        table = result.balance()
+        table["balance"] = [f"{x.balance:.2f} [{x.low:.2f}, {x.high:.2f}]" for x in table.itertuples()]
+        narrow = table.drop(columns=["low", "high", "perplexity"])
+        print_table(narrow, "Constraint met, on topic, fluent, and their harmonic mean")
     else:
         print_table(result.to_dataframe(), "Scores")
     say(f"Wrote {out / 'evaluation.json'} and {out / 'report.html'}")

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from ivlens.plots import maps
 from ivlens.plots.colours import INK, MARK, PARTS
 from ivlens.plots.style import BARE, LEGEND_ABOVE, ZERO, finish, panels, task_labels, ticks
-from ivlens.plots.traces import task_bars
+from ivlens.plots.traces import error_bars, task_bars
 from ivlens.plots.words import counted, escaped, plain, span, unit
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def plot_balance(evaluation: Evaluation) -> go.Figure:
             )
             figure.add_trace(bars, row, 1)
         mark = {"symbol": "diamond", "size": 9, "color": INK, "line": {"color": "white", "width": 1}}
-        points = go.Scatter(
-            y=part["balance"].tolist(), mode="markers", marker=mark, name="balance", cliponaxis=False, **common
-        )
-        figure.add_trace(points.update(legendgroup="balance"), row, 1)
+        mean = part["balance"]
+        common["error_y"] = error_bars(mean, part["low"], part["high"], INK)
+        points = go.Scatter(y=mean.tolist(), mode="markers", marker=mark, name="balance", **common)
+        figure.add_trace(points.update(legendgroup="balance", cliponaxis=False), row, 1)
     figure.update_yaxes(range=[0, 1.05], tickformat=".0%", tickvals=[0, 0.5, 1])
     figure.update_xaxes(range=[-0.5, len(conditions) - 0.5], showticklabels=False, **BARE)
     shown = {"tickvals": list(range(len(conditions))), "ticktext": list(labels.values()), "tickangle": angle}
@@ -103,7 +103,7 @@ def plot_balance(evaluation: Evaluation) -> go.Figure:
     asked = evaluation.scores[evaluation.scores["task"].isin(tasks)].groupby("task")["query"].nunique()
     notes = [
         f"shares; on topic and fluent beside told answers; {span(asked)} prompts per bar{_told_shots(evaluation)}",
-        "diamond: balance, the harmonic mean of the three",
+        "diamond: balance, the harmonic mean of the three, and its 95% interval",
     ]
     return finish(
         figure,

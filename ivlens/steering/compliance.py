@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ivlens.common.statistics import resampled_means
 from ivlens.models.backend import Backend
 from ivlens.running.decoding import choose, complete
 from ivlens.running.injection import Injection
@@ -100,26 +102,50 @@ def written(
     return {name: [text.strip() for text in result.texts] for name, result in done.items()}
 
 
-def balance(scores: Mapping[str, float], told: Mapping[str, float]) -> dict[str, float]:
-    """Means of a condition's scores beside those of told answers: each between 0 and 1, and their harmonic mean.
+def balance(scores: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Means of a condition's scores beside those of told answers (numbers or arrays): each between 0 and 1, and their harmonic mean.
 
-    `met` as it is; `on_topic`, the share of the told answers' topic; `fluent`, the told answers' perplexity over this one's.
+    `met` as it is; `on_topic`, the share of the told answers' topic, NaN and left out where these have none; `fluent`, the told
+    answers' perplexity over this one's.
     """
-    on_topic = min(max(scores["topic"] / told["topic"], 0.0), 1.0) if told["topic"] > 0 else math.nan
-    fluent = min(math.exp(told["surprise"] - scores["surprise"]), 1.0)
-    parts = [scores["met"], fluent, *([on_topic] if on_topic == on_topic else [])]
-    mean = len(parts) / sum(1 / x for x in parts) if min(parts) > 0 else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.clip(np.divide(scores["topic"], told["topic"]), 0.0, 1.0)
+        on_topic = np.where(np.greater(told["topic"], 0), share, np.nan)
+        fluent = np.minimum(np.exp(np.subtract(told["surprise"], scores["surprise"])), 1.0)
+        parts = np.stack([np.asarray(scores["met"], float), on_topic, fluent])
+        mean = (~np.isnan(parts)).sum(0) / np.nansum(1 / parts, axis=0)
     return {"met": scores["met"], "on_topic": on_topic, "fluent": fluent, "balance": mean}
 
 
+def check_told(told: Mapping[str, float], task: str) -> None:
+    """Warn where told answers say nothing of their questions: then nothing can be a share of that."""
+    if told["topic"] <= 0:
+        said = f"the told answers of {task!r} say no more of their own questions than of others (topic {told['topic']:+.3f} nats)"
+        warnings.warn(
+            f"{said}, so `on_topic` is undefined and left out of the balance; ask more questions", stacklevel=4
+        )
+
+
 def balance_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """`balance` of every task and condition, and the perplexity."""
-    means = scores.groupby(["task", "condition"], sort=False)[["met", "topic", "surprise"]].mean()
+    """`balance` of every task and condition, with its 95 % interval (bootstrap over queries), n, and the perplexity."""
+    names = ["met", "topic", "surprise"]
+    means = scores.groupby(["task", "condition", "prompt", "query"], sort=False)[names].mean()  # over draws
     rows = []
-    for (task, condition), of in means.iterrows():
-        shares = balance(of, means.loc[task, "told"])
-        rows.append({"task": task, "condition": condition, **shares, "perplexity": math.exp(of["surprise"])})
-    return pd.DataFrame(rows)
+    for task in scores["task"].unique():
+        told = means.loc[task, "told"]
+        check_told(told.mean(), task)
+        for condition in scores.loc[scores["task"] == task, "condition"].unique():
+            own = means.loc[task, condition]
+            asked = own.index.get_level_values("query").tolist()
+            both = np.concatenate([own.to_numpy(), told.loc[own.index].to_numpy()], axis=1)
+            drawn = resampled_means([both], [asked]).T
+            low, high = np.quantile(
+                balance(*(dict(zip(names, x)) for x in (drawn[:3], drawn[3:])))["balance"], [0.025, 0.975]
+            )
+            row = {"task": task, "condition": condition, **balance(own.mean(), told.mean())}
+            row |= {"low": low, "high": high, "perplexity": math.exp(own["surprise"].mean()), "n": len(set(asked))}
+            rows.append(row)
+    return pd.DataFrame(rows).astype(dict.fromkeys(("on_topic", "fluent", "balance"), float))
 
 
 def score_free(

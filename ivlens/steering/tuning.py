@@ -17,7 +17,7 @@ from ivlens.models.backends import backend_of
 from ivlens.patching.residual import Edit, edit_effects
 from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
-from ivlens.steering.compliance import Unsteered, balance, told_by, written
+from ivlens.steering.compliance import Unsteered, balance, check_told, told_by, written
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
@@ -202,16 +202,17 @@ def _tune_free(
     unsteered = Unsteered(backend, bare, **lengths)
     told_texts = written(backend, told, {0: None}, **lengths)[0]
     reached, nothing = map(_means, unsteered.scores(told_texts, unsteered.answers))
+    check_told(reached, told[0].task)
 
     def balanced(tries: Sequence[tuple[InstructionVector, int, float]]) -> list[float]:
         options = {"positions": positions, "how": how}
         each = [Injection.of(backend, v, layer=layer, scale=scale, **options) for v, layer, scale in tries]
         found = unsteered.scores(*_all_at_once(backend, bare, each, lengths))
-        return [balance(_means(scores), reached)["balance"] for scores in found]
+        return [float(balance(_means(scores), reached)["balance"]) for scores in found]
 
     tries = [(v, layer, scale) for v, layer in zip(candidates, layers) for scale in scales]
     found = torch.tensor(balanced(tries)).view(len(layers), len(scales))
-    control, baseline = torch.full(found.shape, torch.nan), balance(nothing, reached)["balance"]
+    control, baseline = torch.full(found.shape, torch.nan), float(balance(nothing, reached)["balance"])
     about = (len({prompt.query for prompt in bare}), "induce", candidates, "balance")
     search = InjectionSearch(candidates[0], found, control, baseline, layers, scales, *about)
     best = search.best
