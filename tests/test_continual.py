@@ -20,7 +20,7 @@ from ivlens.continual.vectors import base_vectors
 from ivlens.models.backends import backend_of
 from ivlens.running.tokens import tokenize
 from ivlens.training.guidance import Guidance
-from ivlens.training.methods import EWC, Guided
+from ivlens.training.methods import EWC, Averaging, Guided, Replay
 from tests import tiny
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # most share one whole run
@@ -345,6 +345,13 @@ def test_a_teacher_that_cannot_do_its_task_is_warned_about(base, sequence, tmp_p
     assert "of two (" in made("iv")[1][0]
 
 
+def test_rows_of_earlier_tasks_are_guided_by_their_own_vectors(base, sequence, tmp_path):
+    found = run(sequence, folder=tmp_path, model=base, methods=["iv + replay(share=0.5)"], **OPTIONS)
+    assert found.methods == ["iv + replay(share=0.5)"] and found.scores["stage"].max() == 2
+    runs = [ivl.TrainingRun.load(path.parent) for path in sorted(tmp_path.glob("*/seed-0/*/log.json"))]
+    assert [run.settings["vectors"] for run in runs] == [["one"], ["one", "two"]]
+
+
 def test_a_config_says_all_of_it(tmp_path, base):
     rows = [{"input": f"{i}", "output": f"{i + 1}"} for i in range(30)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -361,6 +368,9 @@ methods:
   plain: lora
   strong: {{method: ewc, strength: 5.0}}
   steered: {{method: iv, guidance: {{progressive: false, kl: [{{positions: last, weight: 2.0}}]}}}}
+  both: [iv, {{averaging: {{share: 0.7}}}}]
+  named: {{method: [replay, ewc]}}
+  text: averaging(share=0.7) + iv
 """)
     options = read_config(tmp_path / "run.yaml")
     what = runner.experiment(**options)
@@ -370,7 +380,8 @@ methods:
     guidance = what.methods["steered"].guidance
     assert isinstance(what.methods["steered"], Guided) and not guidance.progressive and guidance.kl[0].weight == 2.0
     assert what.training["bf16"] is True and what.training["lora"].r == 4 and what.training["steps"] == 5
-    assert len(list(what.stops())) == 3 * 2 * 2
+    assert what.methods["both"] == what.methods["text"] == Guided() + Averaging(0.7)
+    assert what.methods["named"] == Replay() + EWC() and len(list(what.stops())) == 6 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -380,7 +391,9 @@ methods:
         ("sequence: [antonym, present_past]\nstep: 3", "unknown key 'step'; did you mean 'steps'"),
         ("sequence: [a: b: c", "is not YAML"),
         ("sequence: [antonym, present_past]\nmethods: {x: {strength: 1}}", "x has no `method:`"),
-        ("sequence: [antonym, present_past]\nmethods: {x: {method: ewc, lam: 1}}", "x has no option 'lam'"),
+        ("sequence: [antonym, present_past]\nmethods: {x: {method: ewc, lam: 1}}", "methods: x: .* no option 'lam'"),
+        ("sequence: [antonym, present_past]\nmethods: {x: {method: [iv, ewc], strength: 1}}", "each with its own"),
+        ("sequence: [antonym, present_past]\nmethods: {x: [ewc, averaging]}", "methods: x: .*choose one of them"),
     ],
 )
 def test_a_wrong_config_is_explained(tmp_path, text, match):

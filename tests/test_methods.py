@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -20,9 +22,9 @@ from ivlens.models.loading import load_hf
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import METHODS, fine_tune
 from ivlens.training.data import answer_dataset
-from ivlens.training.methods import EWC, Averaging, Guided, LwF, OLoRA, Replay, Stage, as_method
-from ivlens.training.methods.method import sample_rows
+from ivlens.training.methods import EWC, Averaging, FreshLoRA, Guided, LwF, OLoRA, Replay, Stage, as_method
 from ivlens.training.methods.replay import reservoir
+from ivlens.training.methods.stage import sample_rows
 from ivlens.vectors.vector import InstructionVector
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,6 +50,35 @@ def first(base, task, tmp_path_factory):
 def vectors_of(*tasks):
     generator = torch.Generator().manual_seed(0)
     return {task.name: InstructionVector(torch.randn(32, generator=generator), layer=1) for task in tasks}
+
+
+@contextmanager
+def stopped_after(step):
+    """Any Trainer is interrupted after this step."""
+    from transformers import Trainer, TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    original = Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Trainer,
+            "__init__",
+            lambda self, *a, callbacks=(), **k: original(self, *a, callbacks=[*callbacks, Stop()], **k),
+        )
+        yield
+
+
+def together(*names):
+    """Their sum as a text, if they go together."""
+    try:
+        as_method(" + ".join(names))
+    except ValueError:
+        return None
+    return " + ".join(names)
 
 
 @torch.inference_mode()
@@ -212,25 +243,11 @@ def test_a_reservoir_is_a_uniform_sample():
 @pytest.mark.parametrize("name", ["ewc", "replay", "o_lora", "iv", "lwf"])
 @pytest.mark.slow
 def test_an_interrupted_second_stage_goes_on_to_the_same_weights(base, other_task, first, tmp_path, name):
-    from transformers import Trainer, TrainerCallback
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
     options = {**OPTIONS, "steps": 4, "save_every": 2, "method": name, "previous": first(name)}
     options["vectors"] = vectors_of(other_task)
     whole = fine_tune(base, other_task, folder=tmp_path / "whole", **options)
-    original = Trainer.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Trainer,
-            "__init__",
-            lambda self, *a, callbacks=(), **k: original(self, *a, callbacks=[*callbacks, Stop()], **k),
-        )
-        with pytest.raises(KeyboardInterrupt):
-            fine_tune(base, other_task, folder=tmp_path / "cut", **options)
+    with stopped_after(3), pytest.raises(KeyboardInterrupt):
+        fine_tune(base, other_task, folder=tmp_path / "cut", **options)
     half = tmp_path / "cut" / "checkpoint-4"  # one that was being written when the machine went off
     shutil.copytree(tmp_path / "cut" / "checkpoint-2", half)
     (half / "saved").unlink()
@@ -261,6 +278,82 @@ def test_bad_input(base, task, other_task, first, tmp_path):
             make()
     with pytest.raises(ValueError, match="guidance='papr' is unknown"):
         Guided("papr")
+
+
+GUIDED = Guided(keep_teacher=None)
+PAIRS = [sum_ for a, b in itertools.combinations(METHODS, 2) if (sum_ := together(a, b)) is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PAIRS)
+def test_two_methods_do_together_what_each_does(base, task, other_task, tmp_path, method):
+    """Two stages, the second one of two tasks and accumulated, and interrupted: nothing of either part is lost."""
+    chosen, options = as_method(method), {**OPTIONS, "method": method, "vectors": vectors_of(task, other_task)}
+    one = fine_tune(base, task, folder=tmp_path / "one", **options)
+    options |= {"previous": one, "steps": 4, "save_every": 2, "batch_size": 1, "gradient_accumulation_steps": 2}
+    whole = fine_tune(base, [task, other_task], folder=tmp_path / "whole", **options)
+    with stopped_after(3), pytest.raises(KeyboardInterrupt):
+        fine_tune(base, [task, other_task], folder=tmp_path / "cut", **options)
+    again = fine_tune(base, [task, other_task], folder=tmp_path / "cut", **options)
+    ends = [adapter_weights(run.final) for run in (whole, again)]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert json.loads((whole.final / "adapter_config.json").read_text())["r"] == (16 if chosen.fresh else 8)
+    assert (whole.folder / "memory").is_dir() == chosen.keeps
+    logged = set(whole.log[-1])
+    assert ("penalty" in logged) == ("penalty" in chosen.changes) and ("kl_loss" in logged) == (
+        "loss" in chosen.changes
+    )
+    assert whole.settings["method"] == repr(chosen) and all(repr(part) in repr(chosen) for part in chosen.parts)
+
+
+def test_a_sum_is_its_parts(base, task, first, tmp_path):
+    both = Averaging(0.5) + FreshLoRA()
+    half = fine_tune(base, task, folder=tmp_path / "half", method=both, **OPTIONS)
+    alone, whole = adapter_weights(half.final), adapter_weights(first("fresh_lora").final)
+    assert all(torch.equal(value * (0.5 if "lora_B" in key else 1), alone[key]) for key, value in whole.items())
+    assert both == FreshLoRA() + Averaging(0.5) == as_method("averaging + fresh_lora") and both.parts == both.parts
+    assert GUIDED + Replay() + Averaging() == Replay() + (Averaging() + GUIDED)
+
+
+def test_penalties_add_up_beside_a_guided_loss(base, task, other_task, first, tmp_path):
+    one = first("o_lora")
+    guided = fine_tune(base, task, folder=tmp_path / "iv", method=GUIDED, vectors=vectors_of(task), **OPTIONS)
+    options = {**OPTIONS, "steps": 1, "previous": one, "vectors": vectors_of(other_task)}
+    logs = {}
+    for name, method in {"both": GUIDED + OLoRA(5.0), "none": GUIDED + OLoRA(0.0), "plain": OLoRA(5.0)}.items():
+        logs[name] = fine_tune(base, other_task, folder=tmp_path / name, method=method, **options).log[0]
+    assert logs["both"]["penalty"] == pytest.approx(logs["plain"]["penalty"]) and logs["both"]["penalty"] > 0
+    assert logs["both"]["loss"] == pytest.approx(logs["none"]["loss"] + logs["both"]["penalty"], rel=1e-4)
+    assert logs["both"]["kl_loss"] == pytest.approx(logs["none"]["kl_loss"]) and "penalty" not in guided.log[0]
+
+
+def test_what_cannot_go_together_is_refused_at_once():
+    for make, said in {
+        "iv + fvg": "two parts of a kind",
+        "iv + lwf": "both have a loss of their own",
+        "ewc + averaging": r"EWC\(.*holds on to the adapter of the stage before, and Averaging\(.*trains a fresh one",
+        "lora + o_lora": "choose one of them",
+        "averaging(part=0.7)": "'averaging' has no option 'part'; choose from share",
+        "averging + iv": "method='averging' is unknown; did you mean 'averaging'",
+        "iv and averaging": "method='iv and averaging' is unknown",
+        "averaging(0.7)": "is unknown",
+        "averaging(share=7)": "outside",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            as_method(make)
+    with pytest.raises(ValueError, match="no method given"):
+        as_method([])
+
+
+def test_parts_that_keep_something_need_it_of_the_stage_before(base, task, other_task, first, tmp_path):
+    options = {**OPTIONS, "previous": first("replay"), "vectors": vectors_of(task, other_task)}
+    run = fine_tune(base, other_task, folder=tmp_path / "more", method=GUIDED + Replay(), **options)
+    assert (run.folder / "memory" / "buffer.json").is_file()
+    with pytest.raises(ValueError, match="kept nothing for EWC"):
+        fine_tune(base, other_task, folder=tmp_path / "x", method=GUIDED + EWC(), **options)
+    with pytest.raises(ValueError, match="no vector for task"):  # of the rows that are replayed
+        options["vectors"] = vectors_of(other_task)
+        fine_tune(base, other_task, folder=tmp_path / "y", method=GUIDED + Replay(), **options)
 
 
 def test_training_does_not_depend_on_global_random_state(base, task, first, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from ivlens.continual.general import GENERAL, load_general
 from ivlens.continual.recipes import load_sequence
 from ivlens.tasks.suite import TaskSuite, load_tasks
 from ivlens.tasks.task import Task
-from ivlens.training.guidance import KL, Guidance
 from ivlens.training.methods import Method, as_method
 
 __all__ = ["read_config"]
@@ -48,10 +47,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     options["general"] = _general(content.get("general") or (), path.parent)
     if "methods" in content:
         named = content["methods"]
-        named = named if isinstance(named, Mapping) else {name: name for name in named}
-        options["methods"] = {
-            k: _with_options(k, x) if isinstance(x, Mapping) else as_method(x) for k, x in named.items()
-        }
+        if not isinstance(named, Mapping):
+            named = {x if isinstance(x, str) else repr(as_method(x)): x for x in named}
+        options["methods"] = {label: _method(label, x) for label, x in named.items()}
     if isinstance(content.get("lora"), Mapping):
         from peft import LoraConfig
 
@@ -100,16 +98,17 @@ def _task(entry: Any, folder: Path) -> Task:
     return Task.from_file(folder / entry) if "." in entry else load_tasks(entry)[entry]
 
 
-def _with_options(label: str, given: Mapping[str, Any]) -> Method:
-    if "method" not in given:
+def _method(label: str, given: Any) -> Method:
+    """A name, several, or a mapping of `method` and the options of the one named."""
+    options = dict(given) if isinstance(given, Mapping) else {"method": given}
+    if "method" not in options:
         raise ValueError(f"methods: {label} has no `method:`; name the one whose options these are")
-    method, options = as_method(given["method"]), {key: value for key, value in given.items() if key != "method"}
-    if isinstance(options.get("guidance"), Mapping):
-        guidance = dict(options["guidance"])
-        if "kl" in guidance:
-            guidance["kl"] = tuple(KL(**term) for term in guidance["kl"])
-        options["guidance"] = Guidance(**guidance)
-    known = [f.name for f in fields(method)]
-    if unknown := [key for key in options if key not in known]:
-        raise ValueError(f"methods: {label} has no option {unknown[0]!r}; choose from {', '.join(known) or 'none'}")
-    return replace(method, **options)
+    method = options.pop("method")
+    if options and not isinstance(method, str):
+        raise ValueError(
+            f"methods: {label} has options of several methods; give each with its own: {{ewc: {{strength: 10}}}}"
+        )
+    try:
+        return as_method({method: options} if options else method)
+    except ValueError as error:
+        raise ValueError(f"methods: {label}: {error}") from error

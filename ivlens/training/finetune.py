@@ -6,7 +6,7 @@ import copy
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ def fine_tune(
     tasks: Task | Iterable[Task] | Mapping[str, Task],
     *,
     folder: str | Path,
-    method: str | Method | None = None,
+    method: str | Method | Mapping[str, Any] | Sequence[Any] | None = None,
     vectors: Mapping[str, InstructionVector] | None = None,
     previous: TrainingRun | str | Path | None = None,
     steps: int = 100,
@@ -70,7 +70,8 @@ def fine_tune(
         Where everything goes. Called again with the same settings, an interrupted run goes on from its last checkpoint,
         and a finished one is returned as it is.
     method
-        A name in `ivlens.training.METHODS` or a `Method`. Default: `iv` where there are vectors, else `lora`, which is plain.
+        A name in `ivlens.training.METHODS`, with options in brackets where it needs some, several with a + between them, or a
+        `Method`; see `as_method`. Default: `iv` where there are vectors, else `lora`, which is plain.
     vectors
         The instruction vector of every task, for guided methods (see `IVTrainer`).
     previous
@@ -167,7 +168,7 @@ def training_rows(
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
     """The folder of the run before, which must be finished, of the same adapter, and have left what the method needs."""
     if lora is False and (previous is not None or method.fresh):
-        neither = f"lora=False goes neither with previous nor with {type(method).__name__}, which work on adapters"
+        neither = f"lora=False goes neither with previous nor with {method!r}, which work on adapters"
         raise ValueError(f"{neither}; to go on training every weight, pass the run's `final` folder as the model")
     if previous is None:
         return None
@@ -175,9 +176,11 @@ def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: b
     if run.settings["weights"] == "every weight":
         there = f"{run.folder} trained every weight and has no adapter to go on with"
         raise ValueError(f"{there}; pass {run.final} as the model")
-    if method.keeps and run.settings["method"].split("(")[0] != type(method).__name__:
-        there = f"{run.folder} kept nothing for {type(method).__name__} ({run.settings['method']} trained it)"
-        raise ValueError(f"{there}; train the stages before with the same method")
+    trained_by = {part.split("(")[0] for part in run.settings["method"].split(" + ")}
+    for name in (type(part).__name__ for part in method.parts if part.keeps):
+        if name not in trained_by:
+            there = f"{run.folder} kept nothing for {name} ({run.settings['method']} trained it)"
+            raise ValueError(f"{there}; train the stages before with the same method")
     if not (method.fresh or lora is True or describe_config(lora) == run.settings["weights"]):
         there = (
             f"{run.folder} has an adapter of other settings ({run.settings['weights']}), which goes on being trained"
@@ -230,6 +233,8 @@ def _trainer(
     from transformers import TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from ivlens.training.methods.penalized import trainer as stage_trainer
+
     class Bar(ProgressCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             if self.training_bar is not None and logs and "loss" in logs:
@@ -245,7 +250,7 @@ def _trainer(
             (saved / SAVED).touch()
 
     common = {"args": TrainingArguments(output_dir=str(stage.folder), **arguments), "callbacks": [Record()]}
-    trainer = method.trainer(stage, method.data(stage), processing_class=stage.tokenizer, **common)
+    trainer = stage_trainer(method, stage, processing_class=stage.tokenizer, **common)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments["disable_tqdm"]:

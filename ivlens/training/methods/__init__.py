@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
 from ivlens.common.hints import hint
+from ivlens.training.guidance import KL, Guidance
 from ivlens.training.methods.averaging import Averaging
 from ivlens.training.methods.ewc import EWC
 from ivlens.training.methods.guided import Guided
 from ivlens.training.methods.lora import FreshLoRA, SequentialLoRA
 from ivlens.training.methods.lwf import LwF
-from ivlens.training.methods.method import Method, Stage
+from ivlens.training.methods.method import Combined, Method
 from ivlens.training.methods.o_lora import OLoRA
 from ivlens.training.methods.replay import Replay
+from ivlens.training.methods.stage import Stage
 
-__all__ = ["EWC", "METHODS", "Averaging", "FreshLoRA", "Guided", "LwF", "Method", "OLoRA", "Replay"]
+__all__ = ["EWC", "METHODS", "Averaging", "Combined", "FreshLoRA", "Guided", "LwF", "Method", "OLoRA", "Replay"]
 __all__ += ["SequentialLoRA", "Stage", "as_method"]
 
 METHODS: dict[str, Method] = {
@@ -28,16 +35,62 @@ METHODS: dict[str, Method] = {
 }
 
 
-def as_method(method: str | Method) -> Method:
-    """A method by its name, or as it is.
+def as_method(method: str | Method | Mapping[str, Any] | Sequence[Any]) -> Method:
+    """A method: as it is, by its name, with options, or several that go together.
+
+    Examples
+    --------
+    >>> as_method("averaging(share=0.7)")
+    Averaging(share=0.7)
+    >>> as_method("iv + averaging") == as_method(["iv", {"averaging": {"share": 0.5}}]) == Guided() + Averaging()
+    True
 
     Raises
     ------
     ValueError
-        If the name is unknown; the message suggests near ones.
+        If a name or an option is unknown (the message suggests near ones), or methods don't go together.
     """
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; {hint(method, METHODS)}")
-    return METHODS[method]
+    if isinstance(method, str):
+        return _parsed(method)
+    if isinstance(method, Mapping):
+        parts = [_with_options(name, options or {}) for name, options in method.items()]
+    else:
+        parts = [as_method(part) for part in method]
+    if not parts:
+        raise ValueError(f"no method given; {hint('', METHODS)}")
+    return parts[0] if len(parts) == 1 else Combined(tuple(parts))
+
+
+def _parsed(text: str) -> Method:
+    """Names, with options in brackets where there are any, with a + between them."""
+    try:
+        return _read(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"method={text!r} is unknown; {hint(text, METHODS)}") from error
+
+
+def _read(node: ast.expr) -> Method:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _read(left) + _read(right)
+        case ast.Name(id=name):
+            return _with_options(name, {})
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=options):
+            return _with_options(name, {option.arg: ast.literal_eval(option.value) for option in options})
+    raise TypeError("neither a name, nor a name with options, nor a sum of these")
+
+
+def _with_options(name: str, given: Mapping[str, Any]) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} is unknown; {hint(name, METHODS)}")
+    options, known = dict(given), [field.name for field in fields(METHODS[name])]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"method {name!r} has no option {unknown[0]!r}; choose from {', '.join(known) or 'none'}")
+    if isinstance(options.get("guidance"), Mapping):
+        guidance = dict(options["guidance"])
+        if "kl" in guidance:
+            guidance["kl"] = tuple(KL(**term) for term in guidance["kl"])
+        options["guidance"] = Guidance(**guidance)
+    return replace(METHODS[name], **options)

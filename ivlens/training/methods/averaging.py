@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ivlens.training.methods.method import Method, Stage
+from ivlens.training.methods.method import Method
+from ivlens.training.methods.stage import Stage
 
 __all__ = ["Averaging"]
 
@@ -24,7 +25,7 @@ class Averaging(Method):
         Weight of the model after the stage.
     """
 
-    fresh: ClassVar[bool] = True
+    changes: ClassVar[frozenset[str]] = frozenset({"stage", "fresh adapter"})
     share: float = 0.5
 
     def __post_init__(self) -> None:

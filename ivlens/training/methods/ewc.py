@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.training.losses import lm_loss
-from ivlens.training.methods.method import Method, Stage, sample_rows, trained_weights
+from ivlens.training.methods.method import Method
+from ivlens.training.methods.stage import Stage, sample_rows, trained_weights
 
 __all__ = ["EWC", "fisher_information"]
 
@@ -33,6 +34,7 @@ class EWC(Method):
         Training examples that a stage's Fisher information is estimated from, of every task of the stage.
     """
 
+    changes: ClassVar[frozenset[str]] = frozenset({"penalty", "same adapter"})
     keeps: ClassVar[bool] = True
     strength: float = 1e4
     n_examples: int = 64

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivlens.steering.controls import random_vector
 from ivlens.training.guidance import Guidance, checked_guidance
-from ivlens.training.methods.method import Method, Stage
+from ivlens.training.methods.method import Method
+from ivlens.training.methods.stage import Stage
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import Trainer
 
     from ivlens.vectors.vector import InstructionVector
@@ -33,6 +33,7 @@ class Guided(Method):
         Take a random vector of the same norm instead, at the same layer and scale: the control (our choice).
     """
 
+    changes: ClassVar[frozenset[str]] = frozenset({"loss"})
     guidance: str | Guidance = "paper"
     keep_teacher: int | str | None = 256
     random: bool = False
@@ -45,11 +46,10 @@ class Guided(Method):
             there = f"guided training needs vectors, and there is none for task(s) {', '.join(missing)}"
             raise ValueError(f"{there}; extract one each with ivl.extract_vector")
 
-    def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
+    def loss(self, stage: Stage) -> tuple[type[Trainer], dict[str, Any]]:
         from ivlens.training.trainer import IVTrainer
 
         vectors = stage.vectors
         if self.random:
             vectors = {name: random_vector(vector, seed=stage.seed) for name, vector in vectors.items()}
-        options = {"guidance": self.guidance, "keep_teacher": self.keep_teacher}
-        return IVTrainer(stage.model, vectors=vectors, train_dataset=dataset, **options, **common)
+        return IVTrainer, {"vectors": vectors, "guidance": self.guidance, "keep_teacher": self.keep_teacher}

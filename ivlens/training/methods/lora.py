@@ -14,9 +14,11 @@ __all__ = ["FreshLoRA", "SequentialLoRA"]
 class SequentialLoRA(Method):
     """One LoRA adapter, trained on from stage to stage: the baseline (FVG)."""
 
+    changes: ClassVar[frozenset[str]] = frozenset({"same adapter"})
+
 
 @dataclass(frozen=True)
 class FreshLoRA(Method):
     """A fresh LoRA adapter for every stage; the earlier ones stay in the model and no longer change (FVG: IncLoRA)."""
 
-    fresh: ClassVar[bool] = True
+    changes: ClassVar[frozenset[str]] = frozenset({"fresh adapter"})

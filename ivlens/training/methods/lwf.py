@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivlens.training.guidance import KL, Guidance
-from ivlens.training.methods.method import Method, Stage
+from ivlens.training.methods.method import Method
+from ivlens.training.methods.stage import Stage
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import Trainer
 
 __all__ = ["LwF"]
@@ -27,6 +27,7 @@ class LwF(Method):
         λ and T; T = 2 as in the paper.
     """
 
+    changes: ClassVar[frozenset[str]] = frozenset({"loss"})
     weight: float = 1.0
     temperature: float = 2.0
 
@@ -37,7 +38,7 @@ class LwF(Method):
     def __post_init__(self) -> None:
         KL(weight=self.weight, temperature=self.temperature)  # raises where an option is out of range
 
-    def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
+    def loss(self, stage: Stage) -> tuple[type[Trainer], dict[str, Any]]:
         from ivlens.training.trainer import IVTrainer
 
-        return IVTrainer(stage.model, vectors=None, guidance=self.guidance, train_dataset=dataset, **common)
+        return IVTrainer, {"vectors": None, "guidance": self.guidance}

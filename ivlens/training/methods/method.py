@@ -1,76 +1,55 @@
-"""What every training method is: how a stage's data, loss and outcome differ from plain fine-tuning."""
+"""What every training method is: how a stage's data, loss and outcome differ from plain fine-tuning; and several at once."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ivlens.training.batch import Collator
+from ivlens.training.methods.stage import Stage
 
 if TYPE_CHECKING:
     import datasets
 
     from ivlens.vectors.vector import InstructionVector
 
-__all__ = ["Method", "PenaltyTrainer", "Stage"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training run of a sequence, as a method sees it.
-
-    Attributes
-    ----------
-    model
-        A PEFT model whose adapter is about to be trained, or a Hugging Face model with every weight.
-    dataset
-        See `ivlens.training.data.answer_dataset`: as many rows as the run has room for.
-    vectors
-        Of the tasks in the dataset, for guided methods.
-    previous
-        Folder of the stage before, None in the first; what a method keeps between stages lies in its `memory`.
-    """
-
-    model: Any
-    tokenizer: Any
-    dataset: datasets.Dataset
-    vectors: Mapping[str, InstructionVector] | None
-    previous: Path | None
-    folder: Path
-    seed: int
-
-    def memory(self, name: str) -> Path:
-        """Where this stage keeps a file for the next ones."""
-        return self.folder / "memory" / name
-
-    def remembered(self, name: str) -> Path | None:
-        """The file that the stage before kept, or None in the first stage."""
-        return None if self.previous is None else self.previous / "memory" / name
+__all__ = ["Combined", "Method"]
 
 
 @dataclass(frozen=True)
 class Method:
     """Plain fine-tuning: one adapter (or every weight) goes on being trained, stage after stage.
 
-    The other methods override what they do differently.
+    The other methods override what they do differently; with `+` those that change different things go together.
 
     Attributes
     ----------
-    fresh
-        Each stage trains an adapter of its own, on top of the earlier ones, which no longer change.
+    changes
+        What of plain fine-tuning is changed: `rows`, `loss`, `penalty`, `step` (after each), `stage` (after it). `fresh adapter`:
+        each stage trains one of its own, on top of the earlier ones, which no longer change; `same adapter`: it can't.
     keeps
         A stage leaves a memory that the next one needs.
     """
 
-    fresh: ClassVar[bool] = False
+    changes: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one combines: itself alone."""
+        return (self,)
+
+    @property
+    def fresh(self) -> bool:
+        return "fresh adapter" in self.changes
+
+    def __add__(self, other: Method) -> Method:
+        return Combined((self, other))
 
     def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
         """Raise ValueError where these tasks can't be trained on with these vectors."""
@@ -79,59 +58,81 @@ class Method:
         """The rows to train on."""
         return stage.dataset
 
-    def trainer(self, stage: Stage, dataset: datasets.Dataset, **common: Any) -> Trainer:
-        """The trainer; `common` are the Trainer's own arguments."""
-        common = {"train_dataset": dataset, "data_collator": Collator(stage.tokenizer), **common}
-        if (penalty := self.penalty(stage)) is None:
-            return Trainer(stage.model, **common)
-        return PenaltyTrainer(stage.model, penalty=penalty, **common)
+    def loss(self, stage: Stage) -> tuple[type[Trainer], dict[str, Any]]:
+        """The Trainer that computes the loss, and arguments of its own."""
+        return Trainer, {"data_collator": Collator(stage.tokenizer)}
 
     def penalty(self, stage: Stage) -> Callable[[], Tensor] | None:
         """What is added to the loss in every step, a function of the weights alone; None for nothing."""
         return None
 
+    def callbacks(self, stage: Stage) -> list[TrainerCallback]:
+        """What happens on the way, such as after a step."""
+        return []
+
     def finish(self, stage: Stage) -> None:
         """After the last step: write the memory, or change the weights once more."""
 
 
-class PenaltyTrainer(Trainer):
-    """A Trainer with a penalty on the weights, logged apart as `penalty`."""
+@dataclass(frozen=True, repr=False)
+class Combined(Method):
+    """Methods that change different things, together: `Guided() + Averaging(0.7)`.
 
-    def __init__(self, *args: Any, penalty: Callable[[], Tensor], **options: Any):
-        super().__init__(*args, **options)
-        self._penalty = penalty
-        self._seen: list[float] = []
+    Rows go through one part after the other, penalties add up, and each part has its turn after a step and after the stage.
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        penalty = self._penalty()
-        self._seen.append(float(penalty.detach()))
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # Losses are then normalized over the accumulated batch already, and a penalty per part would count as often.
-            penalty = penalty / self.current_gradient_accumulation_steps
-        return (found[0] + penalty, found[1]) if return_outputs else found + penalty
+    Raises
+    ------
+    ValueError
+        If parts don't go together: two of a kind, two losses, or one that goes on training an adapter that another one replaces.
+    """
 
-    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """As the Trainer, with the penalty's mean since the last time."""
-        if "loss" in logs and self._seen:
-            logs = {**logs, "penalty": sum(self._seen) / len(self._seen)}
-            self._seen.clear()
-        super().log(logs, *args, **options)
+    parts: tuple[Method, ...] = ()
 
+    def __post_init__(self) -> None:
+        # In one order, so that it is one method however it is written; weights change before memories of them are made.
+        parts = sorted((p for part in self.parts for p in part.parts), key=lambda p: (p.keeps, type(p).__name__))
+        object.__setattr__(self, "parts", tuple(parts))
+        losses = [part for part in parts if "loss" in part.changes]
+        old, new = ([part for part in parts if what in part.changes] for what in ("same adapter", "fresh adapter"))
+        if len({type(part) for part in parts}) < len(parts):
+            raise ValueError(f"{self!r} has two parts of a kind; choose one of them")
+        if len(losses) > 1:
+            raise ValueError(f"{losses[0]!r} and {losses[1]!r} both have a loss of their own; choose one of them")
+        if old and new:
+            both = f"{old[0]!r} holds on to the adapter of the stage before, and {new[0]!r} trains a fresh one"
+            raise ValueError(f"{both}; choose one of them")
 
-def sample_rows(dataset: datasets.Dataset, n: int, seed: int) -> datasets.Dataset:
-    """So many rows drawn at random, of every task its part, in their order."""
-    rng, by_task = random.Random(seed), {}
-    for i, task in enumerate(dataset["task"]):
-        by_task.setdefault(task, []).append(i)
-    parts = [rng.sample(rows, len(rows)) for rows in by_task.values()]
-    # Of a task with k rows, they stand at 1/2k, 3/2k, …: the first n of all tasks together are n shares of the same size.
-    ranked = sorted(((j + 0.5) / len(rows), i) for rows in parts for j, i in enumerate(rows))
-    return dataset.select(sorted(i for _, i in ranked[:n]))
+    @property
+    def changes(self) -> frozenset[str]:
+        return frozenset().union(*(part.changes for part in self.parts))
 
+    @property
+    def keeps(self) -> bool:
+        return any(part.keeps for part in self.parts)
 
-def trained_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights in training, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
+        for part in self.parts:
+            part.check(tasks, vectors)
+
+    def data(self, stage: Stage) -> datasets.Dataset:
+        for part in self.parts:
+            stage = replace(stage, dataset=part.data(stage))
+        return stage.dataset
+
+    def loss(self, stage: Stage) -> tuple[type[Trainer], dict[str, Any]]:
+        own = [part for part in self.parts if "loss" in part.changes]
+        return own[0].loss(stage) if own else super().loss(stage)
+
+    def penalty(self, stage: Stage) -> Callable[[], Tensor] | None:
+        penalties = [penalty for part in self.parts if (penalty := part.penalty(stage)) is not None]
+        return (lambda: torch.stack([penalty() for penalty in penalties]).sum()) if penalties else None
+
+    def callbacks(self, stage: Stage) -> list[TrainerCallback]:
+        return [callback for part in self.parts for callback in part.callbacks(stage)]
+
+    def finish(self, stage: Stage) -> None:
+        for part in self.parts:
+            part.finish(stage)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ivlens.models.adapters import adapter_weights
-from ivlens.training.methods.method import Method, Stage, trained_weights
+from ivlens.training.methods.method import Method
+from ivlens.training.methods.stage import Stage, trained_weights
 
 __all__ = ["OLoRA"]
 
@@ -25,7 +26,7 @@ class OLoRA(Method):
         λ.
     """
 
-    fresh: ClassVar[bool] = True
+    changes: ClassVar[frozenset[str]] = frozenset({"penalty", "fresh adapter"})
     strength: float = 0.5
 
     def __post_init__(self) -> None:

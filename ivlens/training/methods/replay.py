@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivlens.common.storage import read_json, write_json
-from ivlens.training.methods.method import Method, Stage, sample_rows
+from ivlens.training.methods.method import Method
+from ivlens.training.methods.stage import Stage, sample_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -31,6 +32,7 @@ class Replay(Method):
         Examples that the buffer holds.
     """
 
+    changes: ClassVar[frozenset[str]] = frozenset({"rows"})
     keeps: ClassVar[bool] = True
     share: float = 0.25
     size: int = 200
