@@ -3,7 +3,8 @@
     python benchmarks/formats_forgetting.py --formats runs/formats --out runs/formats-forgetting
 
 Needs what `benchmarks/formats.py` keeps. Three new tasks × three seeds × plain LoRA, guided training and averaging; every adapter
-and evaluation is kept, so that an interrupted run goes on. With --tables it prints what is there.
+and answer is kept, so that an interrupted run goes on. Two processes can share the work (`OMP_NUM_THREADS=1`): first both with
+`--prepare --share 0 2` and `1 2`, then both without `--prepare`; one without `--share` prints the tables.
 """
 
 from __future__ import annotations
@@ -104,14 +105,24 @@ class Forgetting:
             rows.append(pd.DataFrame(read_json(path, "likelihood")).assign(task=name, what=what))
         return pd.concat(rows)
 
+    def prepare(self) -> None:
+        """What several runs need: the base model's answers, and the new tasks' vectors."""
+        for name in self.mine(list(self.tasks)):
+            self.likelihood("base", self.study.model, name)
+        for new in self.mine(list(self.given.new)):
+            self._new_vector(new)
+
+    def mine(self, work: list) -> list:
+        share, shares = self.given.share
+        return work[share::shares]
+
     def scores(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Answers: one row per method, new task, seed, constraint, condition and question; and likelihoods of the base model's."""
         parts = [self.answers("base", self.study.model, name, True).assign(method="base") for name in self.tasks]
         likelihoods = [self.likelihood("base", self.study.model, name).assign(method="base") for name in self.tasks]
-        for method, new, seed in itertools.product(self.given.methods, self.given.new, self.given.seeds):
-            label = f"{new}-{method}-{seed}"
+        for method, new, seed in self.mine([*itertools.product(self.given.methods, self.given.new, self.given.seeds)]):
+            label, about = f"{new}-{method}-{seed}", {"method": method, "new": new, "seed": seed}
             model = ivl.load_model("smollm2", adapter=self.run(new, seed, method).final)
-            about = {"method": method, "new": new, "seed": seed}
             for name in self.tasks:
                 parts.append(self.answers(label, model, name, method == "lora").assign(**about))
                 likelihoods.append(self.likelihood(label, model, name).assign(**about))
@@ -169,11 +180,20 @@ def main() -> None:
     parser.add_argument("--new", nargs="+", default=NEW)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument(
+        "--share", nargs=2, type=int, default=(0, 1), help="this process's number, from 0, and how many there are"
+    )
+    parser.add_argument("--prepare", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
     pd.set_option("display.width", 200, "display.max_columns", 30, "display.max_rows", 500)
     work = Forgetting(given)
+    if given.prepare:
+        work.prepare()
+        return
     scores, likelihoods = work.scores()
+    if given.share[1] > 1:
+        return
     show("constraint met, before and after", summary(scores))
     told = scores[scores["condition"].isin(["told", "told + old vector"])]
     by = ["task", "method", "new", "condition"]
