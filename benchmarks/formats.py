@@ -211,7 +211,7 @@ class Study:
                 yes = ivl.build_prompts(self.tasks[name], split=split, **LOOK)
                 others = [ivl.build_prompts(self.tasks[x], split=split, **LOOK) for x in self.tasks if x != name]
                 bare = ivl.build_prompts(self.tasks[name], split=split, style="chat")
-                sets[split] = yes, bare + [p for i, some in enumerate(others) for p in some[i % 6 :: 6]]
+                sets[split] = yes, bare + [p for i, some in enumerate(others) for p in some[i % 12 :: 12]]
 
             def work(sets=sets, name=name) -> pd.DataFrame:
                 gate = fit_gate(self.model, *sets["train"], valid=sets["valid"], layers=range(LAYERS[-1] + 1))

@@ -34,8 +34,8 @@ from ivlens.tasks.checks import passes
 
 NEW = ("english_french", "object_counting", "alphabetically_first")
 METHODS = ("lora", "iv", "averaging")
-N_TEST = 40  # test questions per constraint and run
-N_OWN = 40  # told questions behind similarity and probabilities
+N_TEST = 24  # test questions per constraint and run
+N_OWN = 24  # told questions behind similarity and probabilities
 
 
 class Forgetting:
@@ -66,9 +66,10 @@ class Forgetting:
 
     # -- measuring --------------------------------------------------------------------------------------------------
     def answers(self, label: str, model: object, name: str, vectors: bool) -> pd.DataFrame:
-        """What is written to told and untold test questions, with the base model's vector and a random one in both (or with none)."""
+        """What is written to told and untold test questions, with the base model's vector and a random one in both; or to told ones
+        alone."""
         task, backend = self.tasks[name], backend_of(model)
-        looks = {"untold": {"style": "chat"}, "told": LOOK}
+        looks = {"untold": {"style": "chat"}, "told": LOOK} if vectors else {"told": LOOK}
         asked = {kind: ivl.build_prompts(task, split="test", n=N_TEST, **look) for kind, look in looks.items()}
         tries: dict[str, Injection | None] = {"": None}
         if vectors:
