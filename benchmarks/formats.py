@@ -147,8 +147,8 @@ class Study:
         return InstructionVector.load(self.out / row["folder"])
 
     def chosen(self) -> dict[str, InstructionVector]:
-        """Per constraint the way that is best on the validation split."""
-        table = self.searches(self.followed())
+        """Per constraint the way that is best on the validation split; none where nothing tried was better than nothing."""
+        table = self.searches(self.followed()).query("balance > 0")
         table = table.sort_values("balance", ascending=False, kind="stable").drop_duplicates("task")
         return {row["task"]: self.vector(row) for _, row in table.iterrows()}
 
@@ -282,6 +282,7 @@ def main() -> None:
         show("balance on the validation split", table.pivot_table("balance", "task", ["way", "how"]))
     if "steer" in given.part:
         vectors = study.chosen()
+        names = [name for name in names if name in vectors]
         for name in names:
             found = study.evaluation("all", name, vectors, ivl.steering.CONTROLS)
             show(f"{name}: {vectors[name]}\n{found}", found.balance())

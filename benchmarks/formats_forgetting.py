@@ -45,7 +45,7 @@ class Forgetting:
         self.words = ivl.load_tasks(NEW)
         self.vectors = self.study.chosen()
         torch.set_float32_matmul_precision("highest")
-        self.tasks = {name: self.study.tasks[name] for name in self.vectors}
+        self.tasks = {name: self.study.tasks[name] for name in self.study.followed()}
 
     # -- training ---------------------------------------------------------------------------------------------------
     def run(self, new: str, seed: int, method: str) -> ivl.TrainingRun:
@@ -72,7 +72,7 @@ class Forgetting:
         looks = {"untold": {"style": "chat"}, "told": LOOK} if vectors else {"told": LOOK}
         asked = {kind: ivl.build_prompts(task, split="test", n=N_TEST, **look) for kind, look in looks.items()}
         tries: dict[str, Injection | None] = {"": None}
-        if vectors:
+        if vectors and name in self.vectors:
             some = {" + old vector": self.vectors[name], " + random vector": random_vector(self.vectors[name])}
             tries |= {added: Injection.of(backend, v) for added, v in some.items()}
         path = self.out / f"answers-{label}-{name}-{key(model, asked, tries, TOKENS)[:16]}.json"
