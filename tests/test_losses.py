@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ivlens.training.guidance import KL, PRESETS, Guidance
+from ivlens.training.guidance import KL, PRESETS, Guidance, SplitKL
 from ivlens.training.losses import answer_positions, head_consistency, kl_divergence, last_prompt_positions, lm_loss
-from ivlens.training.teacher import TopK, kept_divergence
+from ivlens.training.teacher import TopK, guided_divergence, kept_divergence, split_divergence
 
 #                    prompt prompt answer answer pad    /  pad prompt prompt prompt answer
 LABELS = torch.tensor([[-100, -100, 7, 3, -100], [-100, -100, -100, -100, 5]])
@@ -73,6 +73,8 @@ def test_options_that_make_no_sense_are_refused():
         (lambda: Guidance(heads_weight=-0.1), r"heads_weight=-0\.1 is negative"),
         (lambda: Guidance(until=1.5), r"until=1\.5 is outside"),
         (lambda: Guidance(schedule="step"), "schedule='step' is unknown"),
+        (lambda: SplitKL(gate="open"), "gate='open' is unknown; choose one of right, probability, none"),
+        (lambda: SplitKL(right=-1.0), r"right=-1\.0 must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -96,3 +98,56 @@ def test_a_divergence_from_the_kept_tokens_falls_short_by_the_remainders_part(di
         missing = a.sum() * ((a / a.sum()) * ((a / a.sum()) / (b / b.sum())).log()).sum()
         torch.testing.assert_close(full[i] - kept[i], missing, atol=1e-5, rtol=1e-4)
     assert (kept <= full + 1e-6).all() and (kept >= -1e-6).all()
+
+
+def split_by_hand(student, teacher, right, gate):
+    """Each position by itself, from probabilities."""
+    others, of_right = [], []
+    for p, q, y in zip(teacher.softmax(-1), student.softmax(-1), right):
+        keep = torch.arange(len(p)) != y
+        a, b = p[keep] / (1 - p[y]), q[keep] / (1 - q[y])
+        others.append((1 - p[y]) * (a * (a / b).log()).sum())
+        g = {"right": float(p.argmax() == y), "probability": p[y], "none": 1.0}[gate]
+        of_right.append(g * (p[y] * (p[y] / q[y]).log() + (1 - p[y]) * ((1 - p[y]) / (1 - q[y])).log()))
+    return torch.stack(others), torch.stack(of_right)
+
+
+@pytest.mark.parametrize("gate", ["right", "probability", "none"])
+def test_a_divergence_is_split_at_the_right_token(gate):
+    student, teacher = logits(0)[0] * 2, logits(1)[0] * 2
+    right = teacher.argmax(-1)
+    right[::2] = (right[::2] + 3) % teacher.shape[-1]  # every other one is a token that the teacher doesn't rank first
+    expected = split_by_hand(student, teacher, right, gate)
+    everything = TopK.of(teacher, teacher.shape[-1], 1.0, right)
+    for kept in (teacher, everything):
+        for found, wanted in zip(split_divergence(student, kept, right, gate), expected):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    if gate == "none":
+        torch.testing.assert_close(sum(expected), kl_divergence(student, teacher), atol=1e-5, rtol=1e-4)
+    few = TopK.of(teacher, 3, 1.0, right)
+    assert (few.indices == right[:, None]).sum(-1).tolist() == [1] * len(right)
+    others, of_right = split_divergence(student, few, right, gate)
+    torch.testing.assert_close(of_right, expected[1], atol=1e-5, rtol=1e-4)  # whatever is kept
+    assert (others <= expected[0] + 1e-6).all() and (others > 0).any()
+
+
+def test_the_part_beside_the_right_token_never_moves_it():
+    student, teacher = (logits(0)[0] * 2).requires_grad_(), logits(1)[0] * 2
+    right = torch.arange(len(teacher))
+    others, of_right = split_divergence(student, TopK.of(teacher, 5, 1.0, right), right, "none")
+    (moved,) = torch.autograd.grad(others.sum(), student, retain_graph=True)
+    assert (moved.gather(1, right[:, None]) == 0).all() and moved.abs().max() > 1e-3
+    (moved,) = torch.autograd.grad(of_right.sum(), student)
+    assert (moved.gather(1, right[:, None]) != 0).all()
+    sure = torch.full_like(teacher, -50.0).scatter(
+        1, right[:, None], 50.0
+    )  # a teacher that is sure, of the right token
+    assert all(torch.isfinite(part).all() for part in split_divergence(student, sure, right, "right"))
+    found = guided_divergence(SplitKL(0.5, 2.0, "none"), student, teacher, right)
+    torch.testing.assert_close(
+        found, sum(w * x for w, x in zip((0.5, 2.0), split_by_hand(student, teacher, right, "none")))
+    )
+
+
+def test_a_constant_schedule_keeps_the_vector_on():
+    assert {Guidance(schedule="constant").strength(step, 8) for step in range(9)} == {1.0}

@@ -134,6 +134,38 @@ def test_averaging_is_the_mean_of_the_models_before_and_after(base, task, first,
     assert all(torch.equal(value * (0.5 if "lora_B" in key else 1), one[key]) for key, value in two.items())
 
 
+def test_averaging_by_layer_grows_evenly_from_the_first_to_the_last(base, task, first, tmp_path):
+    run = fine_tune(base, task, folder=tmp_path, method=Averaging(0.2, last=0.8), **OPTIONS)
+    one, two = adapter_weights(run.final), adapter_weights(first("fresh_lora").final)
+    layers = {int(key.split(".layers.")[1].split(".")[0]) for key in one}
+    assert layers == {0, 1, 2}
+    for key, value in two.items():
+        share = {0: 0.2, 1: 0.5, 2: 0.8}[int(key.split(".layers.")[1].split(".")[0])]
+        torch.testing.assert_close(one[key], value * (share if "lora_B" in key else 1))
+    with pytest.raises(ValueError, match="is in none; leave last out"):
+        Averaging(last=0.5).shares(["head.lora_B.default.weight"], 3)
+
+
+def test_averaging_along_the_way_counts_each_time(base, task, tmp_path):
+    """At half the steps the change so far is halved, in the checkpoint too, and training goes on from there; again at the end."""
+    options = {**OPTIONS, "steps": 4, "save_every": 2}
+    run = fine_tune(base, task, folder=tmp_path / "way", method=Averaging(0.5, every=0.5), **options)
+    plain = fine_tune(base, task, folder=tmp_path / "plain", method="fresh_lora", **options)
+    at = [adapter_weights(r.folder / f"checkpoint-{step}") for r, step in ((run, 2), (plain, 2), (run, 4))]
+    ends = adapter_weights(run.final)
+    for key in ends:
+        half = 0.5 if "lora_B" in key else 1
+        assert torch.equal(at[0][key], at[1][key] * half) and torch.equal(ends[key], at[2][key] * half)
+    assert any(not torch.equal(at[2][key], adapter_weights(plain.final)[key]) for key in ends)
+    shutil.copytree(tmp_path / "way", tmp_path / "again")
+    (tmp_path / "again" / "log.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    again = adapter_weights(
+        fine_tune(base, task, folder=tmp_path / "again", method=Averaging(0.5, every=0.5), **options).final
+    )
+    assert all(torch.equal(again[key], ends[key]) for key in ends)
+
+
 def test_fisher_information_is_the_mean_squared_gradient_of_each_answer(base, task, first):
     run = first("ewc")
     kept, _ = read_tensors(run.folder / "memory" / "fisher.safetensors", kind="fisher information")
@@ -272,6 +304,8 @@ def test_bad_input(base, task, other_task, first, tmp_path):
         lambda: Replay(1.5),
         lambda: OLoRA(-1.0),
         lambda: Averaging(0.0),
+        lambda: Averaging(every=2),
+        lambda: Averaging(last=0.0),
         lambda: LwF(-1.0),
     ):
         with pytest.raises(ValueError):
@@ -333,7 +367,7 @@ def test_what_cannot_go_together_is_refused_at_once():
         "iv + lwf": "both have a loss of their own",
         "ewc + averaging": r"EWC\(.*holds on to the adapter of the stage before, and Averaging\(.*trains a fresh one",
         "lora + o_lora": "choose one of them",
-        "averaging(part=0.7)": "'averaging' has no option 'part'; choose from share",
+        "averaging(part=0.7)": "'averaging' has no option 'part'; choose from share, every, last",
         "averging + iv": "method='averging' is unknown; did you mean 'averaging'",
         "iv and averaging": "method='iv and averaging' is unknown",
         "averaging(0.7)": "is unknown",

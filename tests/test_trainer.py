@@ -19,6 +19,7 @@ from ivlens.training import KL, Guidance, branches
 from ivlens.training import trainer as module
 from ivlens.training.batch import Batch, Collator
 from ivlens.training.data import answer_dataset
+from ivlens.training.guidance import SplitKL
 from ivlens.vectors.vector import InstructionVector
 from tests import tiny
 
@@ -383,7 +384,10 @@ def test_evaluated_is_the_model_alone_on_the_labels(data, vectors, tokenizer, tm
 # -- the teacher kept ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", ["paper", "fvg-code", Guidance(kl=(KL(),), heads_weight=0.3)])
+SPLIT = Guidance(kl=(SplitKL(0.5, 2.0), KL("all", 0.1)))
+
+
+@pytest.mark.parametrize("guidance", ["paper", "fvg-code", Guidance(kl=(KL(),), heads_weight=0.3), SPLIT])
 @pytest.mark.parametrize("full", [True, False])
 def test_a_teacher_kept_whole_trains_like_one_asked_in_every_step(data, vectors, tokenizer, tmp_path, guidance, full):
     losses = []
@@ -396,6 +400,23 @@ def test_a_teacher_kept_whole_trains_like_one_asked_in_every_step(data, vectors,
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] != pytest.approx(losses[0][-1], abs=1e-3)
     kept = list((tmp_path / "full").glob("teacher-*.safetensors"))
     assert len(kept) == 1 and not list((tmp_path / "None").glob("teacher-*"))
+
+
+@pytest.mark.parametrize("more", [(), (KL("all", 0.0),)])
+def test_the_right_token_is_kept_however_few_are(data, vectors, tokenizer, tmp_path, more):
+    """With a gate that is always open, all of the divergence's part at the right token is there with two tokens kept."""
+    losses = []
+    for keep in (2, None):
+        model = with_lora(tiny.hf_model("llama"))
+        guidance = Guidance(progressive=False, kl=(SplitKL(0.0, 1.0, "none"), *more))
+        trainer = trainer_for(
+            model, data, vectors, tokenizer, tmp_path / f"{keep}", guidance, keep=keep, max_steps=3, logging_steps=1
+        )
+        trainer.train()
+        losses.append([entry["kl_loss"] for entry in trainer.state.log_history if "kl_loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6) and losses[0][-1] > 0
+    with pytest.raises(ValueError, match="no token beside the right one"):
+        trainer_for(model, data, vectors, tokenizer, tmp_path / "x", guidance, keep=1)
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """Fine-tuning on a task's answers, by the methods in `methods/`: plain, protected, or guided by instruction vectors."""
 
 from ivlens.training.finetune import fine_tune
-from ivlens.training.guidance import KL, Guidance
+from ivlens.training.guidance import KL, Guidance, SplitKL
 from ivlens.training.run import TrainingRun
 
-__all__ = ["KL", "METHODS", "Guidance", "TrainingRun", "fine_tune"]
+__all__ = ["KL", "METHODS", "Guidance", "SplitKL", "TrainingRun", "fine_tune"]
 
 
 def __getattr__(name: str):

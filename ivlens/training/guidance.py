@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["KL", "PRESETS", "Guidance", "checked_guidance"]
+__all__ = ["KL", "PRESETS", "Guidance", "SplitKL", "checked_guidance"]
 
 DIRECTIONS = ("teacher_student", "student_teacher")
 POSITIONS = ("answer", "last", "all")
-SCHEDULES = ("linear", "cosine")
+SCHEDULES = ("linear", "cosine", "constant")
+GATES = ("right", "probability", "none")
 SITES = ("residual", "attention")
 
 
@@ -51,6 +52,38 @@ class KL:
 
 
 @dataclass(frozen=True)
+class SplitKL:
+    """A divergence from the steered teacher, split at the right token y, over the positions that predict answer tokens:
+
+    λ₁ (1 − p_T(y)) KL(p̃_T ‖ p̃_S) + λ₂ g KL(b_T ‖ b_S), p̃ being a distribution without y and b = (p(y), 1 − p(y)). With λ₁ = λ₂ and
+    g = 1 that is KL(p_T ‖ p_S) (decoupled distillation, arXiv 2203.08679). The first part never moves p_S(y); the gate g on the
+    second keeps a teacher that doesn't know the task from pulling it down (our choice; cf. arXiv 2402.13669).
+
+    Attributes
+    ----------
+    others, right
+        λ₁ and λ₂.
+    gate
+        g: 1 where the teacher ranks y first and else 0 (`right`), p_T(y) (`probability`), or 1 (`none`).
+    """
+
+    others: float = 1.0
+    right: float = 1.0
+    gate: str = "right"
+    positions: ClassVar[str] = "answer"
+    temperature: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        _check("gate", self.gate, GATES)
+        if self.others < 0 or self.right < 0:
+            raise ValueError(f"others={self.others} and right={self.right} must be 0 or more")
+
+    @property
+    def weight(self) -> float:
+        return max(self.others, self.right)
+
+
+@dataclass(frozen=True)
 class Guidance:
     """How instruction vectors guide training (IV; FVG).
 
@@ -59,7 +92,8 @@ class Guidance:
     progressive
         Inject α(t) · θ into the model in training, α fading from 1 to 0 (IV).
     schedule, until
-        How it fades (`linear` or `cosine`), to zero at this fraction of the steps (our choice).
+        How it fades (`linear` or `cosine`), to zero at this fraction of the steps (our choice); `constant` doesn't (arXiv
+        2507.21509): the vector stays on throughout, and is left out afterwards.
     kl
         Divergences from the teacher: the model before training, with θ injected. The student's is without injection.
     heads_weight, heads_least
@@ -74,7 +108,7 @@ class Guidance:
     progressive: bool = True
     schedule: str = "linear"
     until: float = 0.5
-    kl: tuple[KL, ...] = (KL(),)
+    kl: tuple[KL | SplitKL, ...] = (KL(),)
     heads_weight: float = 0.0
     heads_least: float = 0.0
     layer: int | None = None
@@ -104,6 +138,8 @@ class Guidance:
         """
         if not self.progressive:
             return 0.0
+        if self.schedule == "constant":
+            return 1.0
         done = min(step / (self.until * steps), 1.0)
         return 1.0 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
@@ -126,6 +162,8 @@ def checked_guidance(guidance: str | Guidance, vectors: Any, keep: int | str | N
     whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
     if not (keep is None or keep == "full" or whole):
         raise ValueError(f"keep_teacher={keep!r} must be a number of tokens above 0, 'full', or None to keep nothing")
+    if any(isinstance(term, SplitKL) for term in guidance.kl) and keep is not None and keep != "full" and keep < 2:
+        raise ValueError(f"keep_teacher={keep!r} leaves no token beside the right one; keep two or more, or None")
     if keep is not None and len({term.temperature for term in guidance.kl}) > 1:
         raise ValueError("keep_teacher needs one temperature for all divergences; pass keep_teacher=None")
     return guidance

@@ -8,12 +8,18 @@ from torch import Tensor
 
 from ivlens.training.data import IGNORED
 
-__all__ = ["answer_loss", "answer_positions", "head_consistency", "kl_divergence", "last_prompt_positions", "lm_loss"]
+__all__ = ["answer_loss", "answer_positions", "answer_tokens", "head_consistency", "kl_divergence"]
+__all__ += ["last_prompt_positions", "lm_loss"]
 
 
 def answer_positions(labels: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
     """Positions whose logits predict an answer token: one before each."""
     return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
+
+
+def answer_tokens(labels: Int[Tensor, "row pos"]) -> Int[Tensor, " n"]:
+    """The tokens that `answer_positions` predict, in the order of rows."""
+    return labels[:, 1:][labels[:, 1:] != IGNORED]
 
 
 def last_prompt_positions(labels: Int[Tensor, "row pos"]) -> Int[Tensor, " row"]:
@@ -41,7 +47,7 @@ def answer_loss(
     logits: Float[Tensor, "n d_vocab"], labels: Int[Tensor, "row pos"], count: Tensor | int | None = None
 ) -> Float[Tensor, ""]:
     """`lm_loss` of logits at the answer's positions only, in the order of rows."""
-    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    targets = answer_tokens(labels)
     total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return total / (len(targets) if count is None else count)
 

@@ -15,8 +15,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.training.data import IGNORED
+from ivlens.training.guidance import KL, SplitKL
+from ivlens.training.losses import kl_divergence
 
-__all__ = ["KeptTeacher", "TopK", "affordable", "as_before", "blank_adapters", "keep_teacher", "kept_divergence"]
+__all__ = ["KeptTeacher", "TopK", "affordable", "as_before", "blank_adapters", "guided_divergence"]
+__all__ += ["keep_teacher", "kept_divergence", "split_divergence"]
 
 KIND = "teacher outputs"
 LEAST = 16  # fewer tokens per position than this say too little
@@ -30,8 +34,16 @@ class TopK:
     indices: Int[Tensor, "n k"]
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "n d_vocab"], k: int, temperature: float) -> TopK:
-        values, indices = logits.float().div(temperature).log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    def of(
+        cls, logits: Float[Tensor, "n d_vocab"], k: int, temperature: float, right: Int[Tensor, " n"] | None = None
+    ) -> TopK:
+        """With `right`, this token is among the k; where it isn't by itself, in place of the least likely of them."""
+        log_p = logits.float().div(temperature).log_softmax(-1)
+        values, indices = log_p.topk(min(k, logits.shape[-1]), dim=-1)
+        if right is not None:
+            missing = (indices != right[:, None]).all(-1)
+            indices[missing, -1] = right[missing]
+            values = log_p.gather(-1, indices)
         return cls(values, indices.int())
 
     def __getitem__(self, where: Bool[Tensor, " n"]) -> TopK:
@@ -58,6 +70,50 @@ def kept_divergence(
     if direction == "student_teacher":
         p, q = q, p
     return (p.exp() * (p - q)).sum(-1)
+
+
+def split_divergence(
+    student: Float[Tensor, "n d_vocab"], teacher: TopK | Float[Tensor, "n d_vocab"], right: Int[Tensor, " n"], gate: str
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """(1 − p_T(y)) KL(p̃_T ‖ p̃_S) and g KL(b_T ‖ b_S) per position, in nats; see `SplitKL`. The right token y must be kept.
+
+    Of what is not kept, the remainder counts as one token, as in `kept_divergence`.
+    """
+    if isinstance(teacher, Tensor):
+        everything = torch.arange(teacher.shape[-1], device=teacher.device).expand(teacher.shape)
+        teacher = TopK(teacher.float().log_softmax(-1), everything)
+    student, y = student.float(), right[:, None]
+    here = teacher.indices == y
+    known = teacher.values.masked_fill(~here, -torch.inf).logsumexp(-1)  # log p_T(y)
+    others = student.scatter(-1, y, -torch.inf)
+    whole, beside = student.logsumexp(-1), others.logsumexp(-1)
+    unknown = torch.log1p(-known.exp().clamp(max=1 - 1e-7))  # log(1 − p_T(y))
+    p = (teacher.values - unknown[:, None]).masked_fill(here, -torch.inf)
+    q = (others - beside[:, None]).gather(-1, teacher.indices.long())
+    if p.shape[-1] < student.shape[-1]:
+        rests = [1 - x.exp().sum(-1, keepdim=True) for x in (p, q)]
+        p, q = (torch.cat([x, rest.clamp(min=1e-7).log()], dim=-1) for x, rest in zip((p, q), rests))
+    some = p > -torch.inf
+    apart = torch.where(some, p.exp() * (p.where(some, 0.0) - q.where(some, 0.0)), 0.0).sum(-1)
+    own, rest = student.gather(-1, y)[:, 0] - whole, beside - whole
+    of_right = known.exp() * (known - own) + unknown.exp() * (unknown - rest)
+    gates = {"right": known >= teacher.values.amax(-1), "probability": known.exp(), "none": torch.ones_like(known)}
+    return unknown.exp() * apart, gates[gate] * of_right
+
+
+def guided_divergence(
+    term: KL | SplitKL,
+    student: Float[Tensor, "n d_vocab"],
+    teacher: TopK | Float[Tensor, "n d_vocab"],
+    right: Int[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """A term of the guided loss at each of its positions, weighted; `right` are the answer's tokens there, for a `SplitKL`."""
+    if isinstance(term, SplitKL):
+        others, of_right = split_divergence(student, teacher, right, term.gate)
+        return term.others * others + term.right * of_right
+    divergence = kept_divergence if isinstance(teacher, TopK) else kl_divergence
+    each = divergence(student, teacher, direction=term.direction, temperature=term.temperature)
+    return term.weight * each * (each.mean() > term.least)
 
 
 @dataclass(frozen=True)
@@ -90,22 +146,25 @@ def keep_teacher(
     *,
     k: int,
     temperature: float,
+    right: Sequence[Sequence[Sequence[int]]] | None = None,
     path: Path,
     batch_size: int,
     progress: bool,
 ) -> KeptTeacher:
     """Ask the teacher about every example once, or read what an earlier run with the same teacher kept.
 
-    `teach` goes from example numbers to each one's logits [position d_vocab], and the heads' outputs. A disk that can't take
-    the file costs the file only: the run goes on with what is in memory.
+    `teach` goes from example numbers to each one's logits [position d_vocab], and the heads' outputs. `right`: tokens and labels of the
+    examples, whose next tokens are then among those kept. A disk that can't take the file costs the file only: the run goes on with what
+    is in memory.
     """
     if path.is_file():
         return KeptTeacher.load(path)
     values, indices, z, lengths = [], [], [], [0]
     for start in tqdm(range(0, n, batch_size), desc="teacher", disable=not progress):
         logits, heads = teach(range(start, min(start + batch_size, n)))
-        for each in logits:
-            top = TopK.of(each, k, temperature)
+        for i, each in enumerate(logits, start=start):
+            following = None if right is None else _next_tokens(*(x[i] for x in right), len(each)).to(each.device)
+            top = TopK.of(each, k, temperature, following)
             values.append(top.values.cpu())
             indices.append(top.indices.cpu())
             lengths.append(len(top))
@@ -118,6 +177,12 @@ def keep_teacher(
     except OSError as error:
         warnings.warn(f"the teacher's outputs aren't kept on disk ({error}); training goes on without", stacklevel=3)
     return kept
+
+
+def _next_tokens(tokens: Sequence[int], labels: Sequence[int], positions: int) -> Int[Tensor, " n"]:
+    """What follows each position: every one of a row (after the last, nothing: 0), or those that predict the answer."""
+    everywhere = positions == len(tokens)
+    return torch.tensor([*tokens[1:], 0] if everywhere else [x for x in labels[1:] if x != IGNORED])
 
 
 def affordable(k: int, positions: int, budget: float) -> int | None:

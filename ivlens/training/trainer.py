@@ -17,17 +17,17 @@ from transformers import Trainer
 from ivlens.common.keys import key
 from ivlens.training.batch import Batch, Collator, count_positions, kept_positions
 from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
-from ivlens.training.guidance import KL, POSITIONS, Guidance, checked_guidance
+from ivlens.training.guidance import KL, POSITIONS, Guidance, SplitKL, checked_guidance
 from ivlens.training.hooks import TaskInjection, TrainingHooks
-from ivlens.training.losses import answer_loss, head_consistency, kl_divergence
+from ivlens.training.losses import answer_loss, answer_tokens, head_consistency
 from ivlens.training.teacher import (
     KeptTeacher,
     TopK,
     affordable,
     as_before,
     blank_adapters,
+    guided_divergence,
     keep_teacher,
-    kept_divergence,
 )
 from ivlens.vectors.vector import InstructionVector
 
@@ -160,7 +160,7 @@ class IVTrainer(Trainer):
         share = self.accelerator.num_processes if whole else 1
         terms = {"lm_loss": share * answer_loss(steered, batch.labels, totals["answer"])}
         if plain is not None:
-            each = [self._kl(term, plain, teacher, batch.where, totals) for term in self.guidance.kl]
+            each = [self._kl(term, plain, teacher, batch, totals) for term in self.guidance.kl]
             terms["kl_loss"] = share * sum(each)
         if teacher_z is not None:
             distance = head_consistency(self._hooks.z, teacher_z)
@@ -176,14 +176,12 @@ class IVTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in ("task", "example")}
         return super().prediction_step(model, inputs, *args, **options)
 
-    def _kl(self, term: KL, student: Tensor, teacher: TopK | Tensor, where: dict[str, Tensor], totals: Any) -> Tensor:
+    def _kl(self, term: KL | SplitKL, student: Tensor, teacher: TopK | Tensor, batch: Batch, totals: Any) -> Tensor:
         """One divergence, a mean over its positions in the whole accumulated batch."""
-        here = where[term.positions][where["kept"]]
+        here = batch.where[term.positions][batch.where["kept"]]
         if not here.all():
             student, teacher = student[here], teacher[here]
-        divergence = kept_divergence if isinstance(teacher, TopK) else kl_divergence
-        each = divergence(student, teacher, direction=term.direction, temperature=term.temperature)
-        return term.weight * (each.sum() / totals[term.positions]) * (each.mean() > term.least)
+        return guided_divergence(term, student, teacher, answer_tokens(batch.labels)).sum() / totals[term.positions]
 
     def _batch(self, collated: Mapping[str, Tensor]) -> Batch:
         return Batch.of(collated, self.guidance, positioned=self._positioned)
@@ -266,6 +264,8 @@ class IVTrainer(Trainer):
         path = Path(self.args.output_dir) / f"teacher-{kept_as}.safetensors"
         options = {"batch_size": self.args.per_device_train_batch_size, "progress": not self.args.disable_tqdm}
         heat = self.guidance.kl[0].temperature if self.guidance.kl else 1.0
+        if any(isinstance(term, SplitKL) for term in self.guidance.kl):
+            options["right"] = rows[:2]
         with self.args.main_process_first(desc="the teacher's outputs"):  # the others then find the file
             kept = keep_teacher(len(rows[0]), teach, k=k, temperature=heat, path=path, **options)
         self.teacher_seconds = time.perf_counter() - start

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ivlens.common.hints import hint
-from ivlens.training.guidance import KL, Guidance
+from ivlens.training.guidance import KL, Guidance, SplitKL
 from ivlens.training.methods.averaging import Averaging
 from ivlens.training.methods.ewc import EWC
 from ivlens.training.methods.guided import Guided
@@ -91,6 +91,7 @@ def _with_options(name: str, given: Mapping[str, Any]) -> Method:
     if isinstance(options.get("guidance"), Mapping):
         guidance = dict(options["guidance"])
         if "kl" in guidance:
-            guidance["kl"] = tuple(KL(**term) for term in guidance["kl"])
+            split = {field.name for field in fields(SplitKL)}
+            guidance["kl"] = tuple((SplitKL if split & term.keys() else KL)(**term) for term in guidance["kl"])
         options["guidance"] = Guidance(**guidance)
     return replace(METHODS[name], **options)
