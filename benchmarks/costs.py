@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ivlens as ivl
-from ivlens.training.methods import METHODS, Guided
+from ivlens.training.methods import METHODS
 
 TASKS = ("antonym", "singular_plural")
 HEADS = tuple(ivl.Head(layer, head) for layer, head in ((20, 5), (18, 6), (14, 1), (24, 4), (20, 6)))
@@ -63,7 +63,7 @@ def train(method: str, folder: Path, steps: int) -> None:
             task,
             folder=folder / name,
             method=method,
-            vectors={task.name: vector} if isinstance(METHODS[method], Guided) else None,
+            vectors={task.name: vector} if METHODS[method].needs_vectors else None,
             previous=previous,
             steps=n,
             dtype="bfloat16",

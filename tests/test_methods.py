@@ -49,7 +49,12 @@ def first(base, task, tmp_path_factory):
 
 def vectors_of(*tasks):
     generator = torch.Generator().manual_seed(0)
-    return {task.name: InstructionVector(torch.randn(32, generator=generator), layer=1) for task in tasks}
+    made = {}
+    for task in tasks:
+        shares = torch.randn(2, 32, generator=generator)
+        heads = (ivl.Head(0, 1), ivl.Head(2, 3))
+        made[task.name] = InstructionVector(shares.sum(0), layer=1, heads=heads, shares=shares)
+    return made
 
 
 @contextmanager
@@ -164,6 +169,22 @@ def test_averaging_along_the_way_counts_each_time(base, task, tmp_path):
         fine_tune(base, task, folder=tmp_path / "again", method=Averaging(0.5, every=0.5), **options).final
     )
     assert all(torch.equal(again[key], ends[key]) for key in ends)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_frozen_heads_keep_their_queries_and_values(base, task, tmp_path, lora):
+    run = fine_tune(base, task, folder=tmp_path, method="frozen_heads", lora=lora, vectors=vectors_of(task), **OPTIONS)
+    config = load_hf(base)[0].config
+    d, shared = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    assert shared == 2
+    before, after = (load_hf(base)[0].state_dict(), load_file(next(run.final.glob("*.safetensors"))))
+    for layer, head in ((0, 1), (2, 3)):
+        for name, number in (("q", head), ("v", head // shared)):
+            place = f"model.layers.{layer}.self_attn.{name}_proj"
+            added = f"base_model.model.{place}.lora_B.weight"
+            change = after[added] if lora else after[f"{place}.weight"] - before[f"{place}.weight"]
+            rows = torch.arange(len(change)) // d == number
+            assert (change[rows] == 0).all() and (change[~rows] != 0).any()
 
 
 def test_fisher_information_is_the_mean_squared_gradient_of_each_answer(base, task, first):

@@ -136,7 +136,7 @@ def run(
     what.settle()
     _check_stages(what)
     vectors: dict[str, InstructionVector] = {}
-    if what.similarity or any(_guided(method) for method in what.methods.values()):
+    if what.similarity or any(method.needs_vectors for method in what.methods.values()):
         from ivlens.continual.vectors import base_vectors
 
         vectors = base_vectors(what, progress=progress)
@@ -173,10 +173,6 @@ def _general(general: Any) -> TaskSuite:
     return TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in tasks])
 
 
-def _guided(method: Method) -> list[Guided]:
-    return [part for part in method.parts if isinstance(part, Guided)]
-
-
 def _check_stages(what: Experiment) -> None:
     """Raise now what would only be raised in a later stage, of training arguments, adapters, layers and rows."""
     waiting = [(stop.task, stop.seed) for stop in what.stops() if not stop.trained]
@@ -189,7 +185,7 @@ def _check_stages(what: Experiment) -> None:
     for method in what.methods.values():
         if method.fresh and what.training["lora"] is not True:
             check_stackable(what.training["lora"])
-        for part in _guided(method):
+        for part in (part for part in method.parts if isinstance(part, Guided)):
             TaskInjection.of(None, (), checked_guidance(part.guidance, {}, part.keep_teacher), loaded[0].config)
     n = rows_needed(what.training["steps"], what.training["batch_size"], what.training)
     look = {name: what.training[name] for name in ("shots", "instruction", "style")}
@@ -202,7 +198,7 @@ def _train(
 ) -> TrainingRun:
     # Rows of earlier tasks have their own tasks' vectors.
     tasks = list(what.sequence)[: stop.number] if "rows" in stop.method.changes else [stop.task]
-    guide = {task: vectors[task] for task in tasks} if _guided(stop.method) else None
+    guide = {task: vectors[task] for task in tasks} if stop.method.needs_vectors else None
     options = {"folder": stop.folder, "method": stop.method, "seed": stop.seed, "progress": progress, **what.training}
     done = fine_tune(what.model, what.sequence[stop.task], vectors=guide, previous=previous, **options)
     # These were for going on after an interruption.

@@ -33,7 +33,7 @@ def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, Instruc
         _make(experiment, folder, progress)
     vectors = {name: InstructionVector.load(folder / safe_name(name)) for name in experiment.sequence}
     weak = [name for name, vector in vectors.items() if vector.metadata.get("accuracy", 1.0) < WEAK]
-    if weak and any(isinstance(method, Guided) for method in experiment.methods.values()):
+    if weak and any(isinstance(p, Guided) for method in experiment.methods.values() for p in method.parts):
         does = "; ".join(vectors[name].metadata["search"] for name in weak)
         weakly = f"with its vector in it, the model still answers little of {', '.join(weak)} ({does})"
         why = "A teacher that can't do the task holds training back"

@@ -11,6 +11,7 @@ from ivlens.common.hints import hint
 from ivlens.training.guidance import KL, Guidance, SplitKL
 from ivlens.training.methods.averaging import Averaging
 from ivlens.training.methods.ewc import EWC
+from ivlens.training.methods.frozen_heads import FrozenHeads
 from ivlens.training.methods.guided import Guided
 from ivlens.training.methods.lora import FreshLoRA, SequentialLoRA
 from ivlens.training.methods.lwf import LwF
@@ -19,7 +20,19 @@ from ivlens.training.methods.o_lora import OLoRA
 from ivlens.training.methods.replay import Replay
 from ivlens.training.methods.stage import Stage
 
-__all__ = ["EWC", "METHODS", "Averaging", "Combined", "FreshLoRA", "Guided", "LwF", "Method", "OLoRA", "Replay"]
+__all__ = [
+    "EWC",
+    "METHODS",
+    "Averaging",
+    "Combined",
+    "FreshLoRA",
+    "FrozenHeads",
+    "Guided",
+    "LwF",
+    "Method",
+    "OLoRA",
+    "Replay",
+]
 __all__ += ["SequentialLoRA", "Stage", "as_method"]
 
 METHODS: dict[str, Method] = {
@@ -30,6 +43,7 @@ METHODS: dict[str, Method] = {
     "replay": Replay(),
     "o_lora": OLoRA(),
     "averaging": Averaging(),
+    "frozen_heads": FrozenHeads(),
     "iv": Guided("paper"),
     "fvg": Guided("fvg-code"),
 }

@@ -34,6 +34,7 @@ class Guided(Method):
     """
 
     changes: ClassVar[frozenset[str]] = frozenset({"loss"})
+    needs_vectors: ClassVar[bool] = True
     guidance: str | Guidance = "paper"
     keep_teacher: int | str | None = 256
     random: bool = False

@@ -34,10 +34,13 @@ class Method:
         each stage trains one of its own, on top of the earlier ones, which no longer change; `same adapter`: it can't.
     keeps
         A stage leaves a memory that the next one needs.
+    needs_vectors
+        It needs the vectors of the tasks.
     """
 
     changes: ClassVar[frozenset[str]] = frozenset()
     keeps: ClassVar[bool] = False
+    needs_vectors: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -109,6 +112,10 @@ class Combined(Method):
     @property
     def keeps(self) -> bool:
         return any(part.keeps for part in self.parts)
+
+    @property
+    def needs_vectors(self) -> bool:
+        return any(part.needs_vectors for part in self.parts)
 
     def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
         for part in self.parts:
