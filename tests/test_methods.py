@@ -22,6 +22,7 @@ from ivlens.models.loading import load_hf
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import METHODS, fine_tune
 from ivlens.training.data import answer_dataset
+from ivlens.training.guidance import Guidance
 from ivlens.training.methods import EWC, Averaging, FreshLoRA, Guided, LwF, OLoRA, Replay, Stage, as_method
 from ivlens.training.methods.replay import reservoir
 from ivlens.training.methods.stage import sample_rows
@@ -409,6 +410,23 @@ def test_parts_that_keep_something_need_it_of_the_stage_before(base, task, other
     with pytest.raises(ValueError, match="no vector for task"):  # of the rows that are replayed
         options["vectors"] = vectors_of(other_task)
         fine_tune(base, other_task, folder=tmp_path / "y", method=GUIDED + Replay(), **options)
+
+
+def test_a_teacher_with_demonstrations_goes_with_replay(base, task, other_task, tmp_path):
+    """Rows have their own demonstrations, those replayed too; of stages that had none, the teacher is asked as the student is."""
+    method = Guided(Guidance(shots=2, steered=False)) + Replay(share=0.5)
+    options = {**OPTIONS, "vectors": vectors_of(task, other_task)}
+    one = fine_tune(base, task, folder=tmp_path / "one", method=method, **options)
+    rows = read_json(one.folder / "memory" / "buffer.json", "replay buffer")["rows"]
+    assert all(len(row["teacher_ids"]) > len(row["input_ids"]) for row in rows)
+    again = fine_tune(base, other_task, folder=tmp_path / "two", method=method, previous=one, **options)
+    alone = fine_tune(base, task, folder=tmp_path / "alone", method=Replay(share=0.5), **OPTIONS)
+    mixed = fine_tune(base, other_task, folder=tmp_path / "mixed", method=method, previous=alone, **options)
+    assert all(run.log[-1]["kl_loss"] > 0 for run in (one, again, mixed))
+    student = fine_tune(base, task, folder=tmp_path / "student", method=Guided(Guidance(steered=False)), **options)
+    assert student.log[-1]["kl_loss"] != pytest.approx(one.log[-1]["kl_loss"], rel=1e-3)
+    taught = [fine_tune(base, task, folder=tmp_path / f"{n}", method=f"lwf(shots={n})", **OPTIONS) for n in (0, 2)]
+    assert taught[0].log[-1]["kl_loss"] != pytest.approx(taught[1].log[-1]["kl_loss"], rel=1e-3)
 
 
 def test_training_does_not_depend_on_global_random_state(base, task, first, tmp_path):

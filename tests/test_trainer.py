@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from ivlens.models.hooking import tokenizing_backend
 from ivlens.tasks.prompts import build_prompts
 from ivlens.training import KL, Guidance, branches
 from ivlens.training import trainer as module
-from ivlens.training.batch import Batch, Collator
+from ivlens.training.batch import Batch, Collator, as_teacher
 from ivlens.training.data import answer_dataset
 from ivlens.training.guidance import SplitKL
 from ivlens.vectors.vector import InstructionVector
@@ -382,6 +383,51 @@ def test_evaluated_is_the_model_alone_on_the_labels(data, vectors, tokenizer, tm
 
 
 # -- the teacher kept ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steered", [True, False])
+def test_a_teacher_may_be_shown_demonstrations_and_the_vector_or_not(
+    task, other_task, vectors, tokenizer, tmp_path, steered
+):
+    backend = tokenizing_backend(tiny.hf_model("llama"), tokenizer, "llama")
+    prompts = [*build_prompts(task, n=3, instruction=True), *build_prompts(other_task, n=3)]
+    shown = [*build_prompts(task, n=3, shots=2), *build_prompts(other_task, n=3, shots=1)]
+    teacher = [replace(p, demonstrations=more.demonstrations) for p, more in zip(prompts, shown)]
+    data = answer_dataset(backend, prompts, teacher=teacher)
+    model = with_lora(tiny.hf_model("llama")).eval()
+    before = copy.deepcopy(model)
+    guidance = Guidance(progressive=False, kl=(KL(),), shots=2, steered=steered)
+    trainer = trainer_for(
+        model, data, vectors, tokenizer, tmp_path, guidance, keep="full", max_steps=1, logging_steps=1
+    )
+    divergences = []
+    for row, prompt, told in zip(data, prompts, teacher):
+        asked = as_teacher(row)
+        text = tokenizer.decode(asked["input_ids"])
+        assert all(example.output in text for example in told.demonstrations) and len(told.demonstrations)
+        assert [x for x in asked["labels"] if x != -100] == [x for x in row["labels"] if x != -100]
+        vector = vectors[prompt.task]
+        addition = vector.scale * vector.vector * steered
+        with torch.no_grad():
+            ends = []
+            for inner, one, change in ((before, asked, addition), (model, row, 0 * addition)):
+                logits, _ = run_by_hand(inner.get_base_model(), one, vector.layer, change)
+                at = [i - 1 for i, x in enumerate(one["labels"]) if x != -100]
+                ends.append(logits[at].log_softmax(-1))
+        divergences += (ends[0].exp() * (ends[0] - ends[1])).sum(-1).tolist()
+    trainer.train()
+    logged = next(entry["kl_loss"] for entry in trainer.state.log_history if "kl_loss" in entry)
+    assert logged == pytest.approx(sum(divergences) / len(divergences), rel=1e-3) and logged > 0.01
+    small = trainer_for(model, data, vectors, tokenizer, tmp_path, guidance, keep="full", budget=1e-9)
+    with (
+        pytest.raises(ValueError, match="too small to ask a teacher with demonstrations once"),
+        pytest.warns(UserWarning),
+    ):
+        small.train()
+    with pytest.raises(ValueError, match="shots=2 needs keep_teacher"):
+        trainer_for(model, data, vectors, tokenizer, tmp_path, guidance)
+    with pytest.raises(ValueError, match="use positions 'answer' or 'last'"):
+        Guidance(kl=(KL("all"),), shots=1)
 
 
 SPLIT = Guidance(kl=(SplitKL(0.5, 2.0), KL("all", 0.1)))

@@ -17,7 +17,7 @@ from ivlens.training.data import IGNORED
 from ivlens.training.guidance import POSITIONS, Guidance
 from ivlens.training.losses import answer_positions, last_prompt_positions
 
-__all__ = ["Batch", "Collator", "count_positions", "kept_positions"]
+__all__ = ["Batch", "Collator", "as_teacher", "count_positions", "kept_positions"]
 
 COLUMNS = ("input_ids", "attention_mask", "labels", "example")
 
@@ -40,6 +40,14 @@ class Collator(DataCollatorForSeq2Seq):
         if self.positioned:
             batch["position_ids"] = position_ids(batch["attention_mask"])
         return batch
+
+
+def as_teacher(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the data as its teacher is asked: other prompts where it has any, and the same answer."""
+    ids = row.get("teacher_ids") or row["input_ids"]
+    answer = [label for label in row["labels"] if label != IGNORED]
+    labels = [IGNORED] * (len(ids) - len(answer)) + answer
+    return {**row, "input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,22 @@ __all__ = ["answer_dataset"]
 IGNORED = -100  # what Hugging Face models leave out of the loss
 
 
-def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: str = "error") -> datasets.Dataset:
+def answer_dataset(
+    backend: Backend, prompts: Sequence[Prompt], *, teacher: Sequence[Prompt] | None = None, on_too_long: str = "error"
+) -> datasets.Dataset:
     """Prompt, answer and end of every prompt, tokenized as everywhere in ivlens.
 
     The end is the end-of-text token or, in style `chat`, the token with which the template ends an answer.
 
     Parameters
     ----------
+    teacher
+        What a teacher is asked instead of each prompt, such as the same with demonstrations.
     on_too_long
         `error`, or `skip`, which leaves out rows that are longer than the context and says how many.
 
-    Columns: `input_ids`, `attention_mask`, `labels`, which are -100 on the prompt, and `task`.
+    Columns: `input_ids`, `attention_mask`, `labels`, which are -100 on the prompt, and `task`; with a teacher `teacher_ids`, its
+    prompt and the same answer.
 
     Raises
     ------
@@ -41,9 +46,10 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: 
     if on_too_long not in ("error", "skip"):
         raise ValueError(f"on_too_long={on_too_long!r} is unknown; choose 'error' or 'skip'")
     rows, skipped = [], []
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
         try:
             (row,) = tokenize(backend, [prompt], spare=1)
+            asked = tokenize(backend, [teacher[i]], spare=1)[0].prompt if teacher else ()
         except TooLongError:
             if on_too_long == "error":
                 raise
@@ -55,6 +61,8 @@ def answer_dataset(backend: Backend, prompts: Sequence[Prompt], *, on_too_long: 
         ids = [*row.prompt, *row.answer, *_end(backend, prompt)]
         labels = [IGNORED] * len(row.prompt) + ids[len(row.prompt) :]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "task": prompt.task})
+        if teacher:
+            rows[-1]["teacher_ids"] = [*asked, *ids[len(row.prompt) :]]
     if skipped:
         which = sorted(set(skipped))
         amounts = f"{len(skipped)} of {len(prompts)} rows are longer than the context and left out"

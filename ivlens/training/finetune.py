@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from ivlens.models.adapters import add_adapter, check_stackable, describe_config
 from ivlens.models.checkpoints import FINAL, SAVED
 from ivlens.models.hooking import check_in_memory, tokenizing_backend
 from ivlens.models.loading import as_dtype, load_hf
-from ivlens.tasks.prompts import build_prompts
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import TaskSuite, as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.data import answer_dataset
@@ -109,7 +110,8 @@ def fine_tune(
     check_in_memory(hf_model, label, "trained")
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
     n = rows_needed(steps, batch_size, arguments)
-    dataset = training_rows(tokenizing_backend(hf_model, tokenizer, label), suite, n, look, on_too_long)
+    backend = tokenizing_backend(hf_model, tokenizer, label)
+    dataset = training_rows(backend, suite, n, look, on_too_long, teacher_shots=chosen.teacher_shots)
     rows = {name: list(dataset[name]) for name in dataset.column_names}
     settings = {"base": hf_model, "data": rows, "method": chosen, "weights": lora, "vectors": vectors, **look}
     settings |= {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "dtype": hf_model.dtype}
@@ -157,12 +159,24 @@ def rows_needed(steps: int, batch_size: int, arguments: Mapping[str, Any]) -> in
 
 
 def training_rows(
-    backend: Backend, suite: TaskSuite, n: int, look: Mapping[str, Any], on_too_long: str = "error"
+    backend: Backend,
+    suite: TaskSuite,
+    n: int,
+    look: Mapping[str, Any],
+    on_too_long: str = "error",
+    *,
+    teacher_shots: int = 0,
 ) -> datasets.Dataset:
     """At least `n` rows, as many of each task, from its training split; see `answer_dataset`."""
-    each = -(-n // len(suite))
-    prompts = [p for t in suite.values() for p in build_prompts(t, n=each, repeat=True, **look)]
-    return answer_dataset(backend, prompts, on_too_long=on_too_long)
+
+    def prompts(**look: Any) -> list[Prompt]:
+        return [p for t in suite.values() for p in build_prompts(t, n=-(-n // len(suite)), repeat=True, **look)]
+
+    asked, teacher = prompts(**look), None
+    if teacher_shots:  # the same queries, whatever the number of demonstrations
+        shown = prompts(**{**look, "shots": teacher_shots})
+        teacher = [replace(p, demonstrations=more.demonstrations) for p, more in zip(asked, shown, strict=True)]
+    return answer_dataset(backend, asked, teacher=teacher, on_too_long=on_too_long)
 
 
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:

@@ -96,6 +96,8 @@ class Guidance:
         2507.21509): the vector stays on throughout, and is left out afterwards.
     kl
         Divergences from the teacher: the model before training, with θ injected. The student's is without injection.
+    shots, steered
+        What the teacher is shown: so many demonstrations before each question (arXiv 2601.19897; 0: what the student is), and θ.
     heads_weight, heads_least
         λ of head consistency, counted only above `heads_least` (FVG; off at 0).
     layer, scale
@@ -109,6 +111,8 @@ class Guidance:
     schedule: str = "linear"
     until: float = 0.5
     kl: tuple[KL | SplitKL, ...] = (KL(),)
+    shots: int = 0
+    steered: bool = True
     heads_weight: float = 0.0
     heads_least: float = 0.0
     layer: int | None = None
@@ -121,6 +125,12 @@ class Guidance:
         if not 0 < self.until <= 1:
             meant = "the fraction of the steps after which nothing is injected"
             raise ValueError(f"until={self.until} is outside (0, 1]: {meant}")
+        if self.shots < 0:
+            raise ValueError(f"shots={self.shots} is negative; use 0 or more demonstrations")
+        if self.shots and any(term.positions == "all" for term in self.kl):
+            raise ValueError(
+                f"shots={self.shots}: the teacher's prompts are others, so use positions 'answer' or 'last'"
+            )
         if self.heads_weight < 0:
             raise ValueError(f"heads_weight={self.heads_weight} is negative; use 0 or more")
 
@@ -159,6 +169,10 @@ def checked_guidance(guidance: str | Guidance, vectors: Any, keep: int | str | N
     if vectors is None and (guidance.progressive or guidance.heads_weight):
         nothing = "vectors=None leaves nothing to inject and no heads to compare"
         raise ValueError(f"{nothing}; pass the vectors, or Guidance(progressive=False, heads_weight=0)")
+    if guidance.shots and keep is None:
+        raise ValueError(
+            f"shots={guidance.shots} needs keep_teacher, a number of tokens or 'full': the teacher is asked once"
+        )
     whole = isinstance(keep, int) and not isinstance(keep, bool) and keep > 0
     if not (keep is None or keep == "full" or whole):
         raise ValueError(f"keep_teacher={keep!r} must be a number of tokens above 0, 'full', or None to keep nothing")

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ivlens.common.keys import key
-from ivlens.training.batch import Batch, Collator, count_positions, kept_positions
+from ivlens.training.batch import Batch, Collator, as_teacher, count_positions, kept_positions
 from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
 from ivlens.training.guidance import KL, POSITIONS, Guidance, SplitKL, checked_guidance
 from ivlens.training.hooks import TaskInjection, TrainingHooks
@@ -117,6 +117,9 @@ class IVTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)
         layers = set(self._injection.layers.tolist())
         keep = self._affordable()
+        if self.guidance.shots and keep is None:
+            there = f"teacher_budget={self._budget} is too small to ask a teacher with demonstrations once"
+            raise ValueError(f"{there}; give more")
         if self.guidance.needs_teacher and keep is None:
             blank = blank_adapters(model)
             self._off = blank or set()
@@ -186,9 +189,10 @@ class IVTrainer(Trainer):
     def _batch(self, collated: Mapping[str, Tensor]) -> Batch:
         return Batch.of(collated, self.guidance, positioned=self._positioned)
 
-    def _rows(self, examples: Sequence[int]) -> Batch:
-        """Examples of the training data as a batch."""
-        return self._batch(self.data_collator([self.train_dataset[i] for i in examples]).to(self.args.device))
+    def _rows(self, examples: Sequence[int], of_teacher: bool = False) -> Batch:
+        """Examples of the training data as a batch, as the student is asked or the teacher."""
+        rows = [as_teacher(row) if of_teacher else row for row in map(self.train_dataset.__getitem__, examples)]
+        return self._batch(self.data_collator(rows).to(self.args.device))
 
     def _feed(self, batch: Batch, *, apart: bool) -> Fed:
         if not apart:
@@ -237,7 +241,7 @@ class IVTrainer(Trainer):
     def _teach(self, model: Any, hooks: TrainingHooks, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The steered teacher's logits and head outputs."""
         fed = single(batch.inputs)
-        self._injection.aim(hooks, fed, batch, 1.0)
+        self._injection.aim(hooks, fed, batch, float(self.guidance.steered))
         with as_before(model, self._off) as before, self.accelerator.autocast():
             _, _, logits = fed.run(before, None, batch.where["kept"], sparse=self._sparse)
         return logits, hooks.z.clone() if hooks.heads else None
@@ -255,11 +259,12 @@ class IVTrainer(Trainer):
         start = time.perf_counter()
 
         def teach(examples: Sequence[int]) -> tuple[Sequence[Tensor], Tensor | None]:
-            batch = self._rows(examples)
+            batch = self._rows(examples, of_teacher=True)
             logits, z = self._teach(model, self._hooks, batch)
             return logits.split(batch.where["kept"].sum(1).tolist()), z
 
-        rows = [list(self.train_dataset[name]) for name in ("input_ids", "labels", "task")]
+        columns = [x for x in ("input_ids", "labels", "task", "teacher_ids") if x in self.train_dataset.column_names]
+        rows = [list(self.train_dataset[name]) for name in columns]
         kept_as = key(model, k, self.accelerator.mixed_precision, self.guidance, self._injection, rows)
         path = Path(self.args.output_dir) / f"teacher-{kept_as}.safetensors"
         options = {"batch_size": self.args.per_device_train_batch_size, "progress": not self.args.disable_tqdm}

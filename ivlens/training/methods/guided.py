@@ -42,6 +42,10 @@ class Guided(Method):
     def __post_init__(self) -> None:
         checked_guidance(self.guidance, {}, self.keep_teacher)
 
+    @property
+    def teacher_shots(self) -> int:
+        return checked_guidance(self.guidance, {}, self.keep_teacher).shots
+
     def check(self, tasks: Sequence[str], vectors: Mapping[str, InstructionVector] | None) -> None:
         if missing := [task for task in tasks if task not in (vectors or {})]:
             there = f"guided training needs vectors, and there is none for task(s) {', '.join(missing)}"

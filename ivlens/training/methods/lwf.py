@@ -25,18 +25,27 @@ class LwF(Method):
     ----------
     weight, temperature
         λ and T; T = 2 as in the paper.
+    shots
+        With demonstrations in the teacher's prompts it is self-distillation from these (arXiv 2601.19897, on the task's answers
+        instead of sampled ones).
     """
 
     changes: ClassVar[frozenset[str]] = frozenset({"loss"})
     weight: float = 1.0
     temperature: float = 2.0
+    shots: int = 0
 
     @property
     def guidance(self) -> Guidance:
-        return Guidance(progressive=False, kl=(KL(weight=self.weight, temperature=self.temperature),))
+        kl = (KL(weight=self.weight, temperature=self.temperature),)
+        return Guidance(progressive=False, kl=kl, shots=self.shots)
+
+    @property
+    def teacher_shots(self) -> int:
+        return self.shots
 
     def __post_init__(self) -> None:
-        KL(weight=self.weight, temperature=self.temperature)  # raises where an option is out of range
+        self.guidance  # noqa: B018 - raises where an option is out of range
 
     def loss(self, stage: Stage) -> tuple[type[Trainer], dict[str, Any]]:
         from ivlens.training.trainer import IVTrainer

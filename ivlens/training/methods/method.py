@@ -43,6 +43,11 @@ class Method:
     needs_vectors: ClassVar[bool] = False
 
     @property
+    def teacher_shots(self) -> int:
+        """Demonstrations in the prompts of a teacher; 0 for the student's own prompts."""
+        return 0
+
+    @property
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one combines: itself alone."""
         return (self,)
@@ -112,6 +117,10 @@ class Combined(Method):
     @property
     def keeps(self) -> bool:
         return any(part.keeps for part in self.parts)
+
+    @property
+    def teacher_shots(self) -> int:
+        return max(part.teacher_shots for part in self.parts)
 
     @property
     def needs_vectors(self) -> bool:
