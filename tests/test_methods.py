@@ -19,11 +19,24 @@ from ivlens.models.adapters import adapter_weights
 from ivlens.models.backends import backend_of
 from ivlens.models.hooking import tokenizing_backend
 from ivlens.models.loading import load_hf
-from ivlens.tasks.prompts import build_prompts
+from ivlens.tasks.prompts import Prompt, build_prompts
+from ivlens.tasks.task import Example
 from ivlens.training import METHODS, fine_tune
 from ivlens.training.data import answer_dataset
 from ivlens.training.guidance import Guidance
-from ivlens.training.methods import EWC, Averaging, FreshLoRA, Guided, LwF, OLoRA, Replay, Stage, as_method
+from ivlens.training.methods import (
+    EWC,
+    Averaging,
+    FreshLoRA,
+    Guided,
+    LwF,
+    OLoRA,
+    Rehearsal,
+    Replay,
+    Stage,
+    TextRehearsal,
+    as_method,
+)
 from ivlens.training.methods.replay import reservoir
 from ivlens.training.methods.stage import sample_rows
 from ivlens.vectors.vector import InstructionVector
@@ -283,6 +296,59 @@ def test_replayed_rows_take_the_place_of_new_ones(base, other_task, first, token
     assert len(mixed) == 8 and names.count(other_task.name) == 6
 
 
+def test_rehearsed_rows_are_written_by_the_model_before_under_the_old_instruction(
+    base, task, other_task, first, tmp_path
+):
+    from peft import PeftModel
+
+    one = first("rehearsal")
+    known = read_json(one.folder / "memory" / "rehearsal.json", "rehearsed tasks")["tasks"]
+    assert known == {"past": {"instructions": list(task.instructions), "style": "qa"}}
+    made, before = {}, ivl.load_model(base, adapter=one.final, backend="bridge")
+    hf_model, tokenizer, _ = load_hf(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(hf_model, str(one.final))
+    backend = tokenizing_backend(hf_model, tokenizer, "x")
+    rows = answer_dataset(backend, build_prompts(other_task, n=16, instruction=True))
+    ways = {"vector": Rehearsal(0.5), "none": Rehearsal(0.5, steered=False), "random": Rehearsal(0.5, random=True)}
+    for name, method in ways.items():
+        stage = Stage(model, tokenizer, rows, vectors_of(other_task), one.folder, tmp_path, 0)
+        mixed = method.data(stage)
+        made[name] = [row for row in mixed if row["task"] == "past"]
+        assert len(mixed) == 16 and 0 < len(made[name]) <= 8
+        assert [row["task"] for row in mixed].count("plural") == 16 - len(made[name])
+    vector, asked = InstructionVector.load(one.folder / "memory" / "past"), set()
+    for row in made["vector"]:
+        given = [t for t, label in zip(row["input_ids"], row["labels"]) if label == -100]
+        text, answer = (tokenizer.decode(x, skip_special_tokens=True) for x in (given, row["input_ids"][len(given) :]))
+        told = next(told for told in task.instructions if text.startswith(f"{told}\n\nQ: "))
+        prompt = Prompt(Example(text[len(told) + 5 :].rstrip(" ").removesuffix("\nA:"), ""), (), told)
+        by_hand = ivl.generate(before, [prompt], vector=vector, max_new_tokens=40)["+ vector"]
+        assert by_hand[0].split("\n")[0].strip() == answer.strip() and answer.strip()
+        asked.add(text)
+    assert len(asked) == len(made["vector"]) and len({str(rows) for rows in made.values()}) == 3
+    with pytest.raises(ValueError, match="rehearsal puts vectors in, and there is none for task"):
+        fine_tune(base, task, folder=tmp_path / "x", method="rehearsal", **OPTIONS)
+    options = {**OPTIONS, "previous": one, "vectors": vectors_of(other_task)}
+    two = fine_tune(base, other_task, folder=tmp_path / "two", method="rehearsal", **options)
+    assert {p.name for p in (two.folder / "memory").iterdir()} == {"rehearsal.json", "past", "plural"}
+
+
+def test_rehearsed_text_is_the_base_models_whatever_was_trained(base, task, first, tmp_path):
+    from peft import PeftModel
+
+    hf_model, tokenizer, _ = load_hf(base, dtype=torch.float32)
+    backend = tokenizing_backend(hf_model, tokenizer, "x")
+    rows = answer_dataset(backend, build_prompts(task, n=16, instruction=True))
+    texts = []
+    for model in (hf_model, PeftModel.from_pretrained(load_hf(base)[0], str(first("lora").final))):
+        mixed = TextRehearsal(0.25, n_tokens=6).data(Stage(model, tokenizer, rows, None, None, tmp_path, 0))
+        assert len(mixed) == 16
+        texts.append(sorted(row["input_ids"] for row in mixed if row["task"] != "past"))
+    assert texts[0] == texts[1] and 0 < len(texts[0]) <= 4
+    for row in (row for row in mixed if row["task"] != "past"):
+        assert row["labels"] == [-100, *row["input_ids"][1:]] and row["input_ids"][0] == tokenizer.bos_token_id
+
+
 def test_a_reservoir_is_a_uniform_sample():
     counts = [0] * 20
     for seed in range(2000):
@@ -327,6 +393,8 @@ def test_bad_input(base, task, other_task, first, tmp_path):
         lambda: OLoRA(-1.0),
         lambda: Averaging(0.0),
         lambda: Averaging(every=2),
+        lambda: Rehearsal(0.0),
+        lambda: TextRehearsal(n_tokens=0),
         lambda: Averaging(last=0.0),
         lambda: LwF(-1.0),
     ):

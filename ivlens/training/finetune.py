@@ -139,7 +139,7 @@ def fine_tune(
     with _random_state(seed):
         if lora is not False:
             hf_model = _with_lora(hf_model, lora, before, chosen.fresh, record)
-        stage = Stage(hf_model, tokenizer, dataset, vectors, before, folder, seed)
+        stage = Stage(hf_model, tokenizer, dataset, vectors, before, folder, seed, suite, look)
         trainer = _trainer(chosen, stage, arguments, record, before)
         resumed = usable_checkpoint(folder)
         start = time.perf_counter()

@@ -17,6 +17,7 @@ from ivlens.training.methods.lora import FreshLoRA, SequentialLoRA
 from ivlens.training.methods.lwf import LwF
 from ivlens.training.methods.method import Combined, Method
 from ivlens.training.methods.o_lora import OLoRA
+from ivlens.training.methods.rehearsal import Rehearsal, TextRehearsal
 from ivlens.training.methods.replay import Replay
 from ivlens.training.methods.stage import Stage
 
@@ -31,9 +32,10 @@ __all__ = [
     "LwF",
     "Method",
     "OLoRA",
+    "Rehearsal",
     "Replay",
 ]
-__all__ += ["SequentialLoRA", "Stage", "as_method"]
+__all__ += ["SequentialLoRA", "Stage", "TextRehearsal", "as_method"]
 
 METHODS: dict[str, Method] = {
     "lora": SequentialLoRA(),
@@ -41,6 +43,8 @@ METHODS: dict[str, Method] = {
     "ewc": EWC(),
     "lwf": LwF(),
     "replay": Replay(),
+    "rehearsal": Rehearsal(),
+    "text_rehearsal": TextRehearsal(),
     "o_lora": OLoRA(),
     "averaging": Averaging(),
     "frozen_heads": FrozenHeads(),

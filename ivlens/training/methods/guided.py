@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ivlens.steering.controls import random_vector
 from ivlens.training.guidance import Guidance, checked_guidance
 from ivlens.training.methods.method import Method
+from ivlens.training.methods.rehearsal import TEXT
 from ivlens.training.methods.stage import Stage
 
 if TYPE_CHECKING:
@@ -57,4 +58,8 @@ class Guided(Method):
         vectors = stage.vectors
         if self.random:
             vectors = {name: random_vector(vector, seed=stage.seed) for name, vector in vectors.items()}
+        if TEXT in stage.dataset["task"]:
+            some = next(iter(vectors.values()))
+            nothing = None if some.shares is None else 0 * some.shares
+            vectors = {**vectors, TEXT: replace(some, vector=0 * some.vector, shares=nothing)}
         return IVTrainer, {"vectors": vectors, "guidance": self.guidance, "keep_teacher": self.keep_teacher}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import datasets
 
+    from ivlens.tasks.task import Task
     from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["Stage", "sample_rows", "trained_weights"]
@@ -31,6 +32,8 @@ class Stage:
         See `ivlens.training.data.answer_dataset`: as many rows as the run has room for.
     vectors
         Of the tasks in the dataset, for guided methods.
+    tasks, look
+        What is trained on, and how its prompts look.
     previous
         Folder of the stage before, None in the first; what a method keeps between stages lies in its `memory`.
     """
@@ -42,6 +45,8 @@ class Stage:
     previous: Path | None
     folder: Path
     seed: int
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    look: Mapping[str, Any] = field(default_factory=dict)
 
     def memory(self, name: str) -> Path:
         """Where this stage keeps a file for the next ones."""
