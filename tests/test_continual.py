@@ -345,6 +345,22 @@ def test_a_teacher_that_cannot_do_its_task_is_warned_about(base, sequence, tmp_p
     assert "of two (" in made("iv")[1][0]
 
 
+def test_general_tasks_with_a_check_are_told_and_met(base, sequence, tmp_path):
+    records = [{"input": f"Tell me about {word}."} for word in tiny.VERBS]
+    free = ivl.Task.from_records(records, name="free", instruction="Be short.", check="at_most_words: 20")
+    options = {**OPTIONS, "model": base, "methods": ["lora"], "general": [free], "style": "chat"}
+    found = run(sequence, folder=tmp_path, **options)
+    scores = found.scores.query("task == 'free'")
+    assert set(scores["shots"]) == {0} and set(scores["kind"]) == {"general"} and set(scores["score"]) <= {0.0, 1.0}
+    prompts = ivl.build_prompts(free, style="chat", split="test", n=OPTIONS["n_prompts"], instruction=0)
+    written = ivl.generate(ivl.load_model(base, backend="bridge"), prompts, max_new_tokens=40)["no vector"]
+    by_hand = [float(ivl.passes(free.check, text)) for text in written]
+    assert (
+        scores.query("stage == 0")["score"].tolist() == by_hand
+        and not found.to_dataframe().query("metric == 'GP'").empty
+    )
+
+
 def test_rows_of_earlier_tasks_are_guided_by_their_own_vectors(base, sequence, tmp_path):
     found = run(sequence, folder=tmp_path, model=base, methods=["iv + replay(share=0.5)"], **OPTIONS)
     assert found.methods == ["iv + replay(share=0.5)"] and found.scores["stage"].max() == 2

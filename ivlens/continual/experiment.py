@@ -83,9 +83,9 @@ class Experiment:
         if twice := [name for name in self.general if name in self.sequence]:
             both = f"task(s) {', '.join(twice)} are both trained on and general"
             raise ValueError(f"{both}; leave them out of one of the two")
-        as_suite(self.sequence, answered=["train", self.scoring.split])
-        if self.general:
-            as_suite(self.general, answered=[self.scoring.split])
+        as_suite(self.sequence, answered=["train"])
+        if right := [task for task in (*self.sequence.values(), *self.general.values()) if not task.is_checked]:
+            as_suite(right, answered=[self.scoring.split])
         if not self.methods or not self.seeds:
             raise ValueError("no methods or no seeds given; pass at least one of each")
         if self.training["lora"] is False:
@@ -119,6 +119,9 @@ class Experiment:
         for task in self.sequence.values():
             yield "trained", task, {key: self.training[key] for key in ("shots", "instruction", "style")}
         for task in self.general.values():
+            if task.is_checked:  # its instruction is all there is to show
+                yield "general", task, {"shots": 0, "instruction": True, "style": "chat"}
+                continue
             for shots in self.scoring.general_shots:
                 yield "general", task, {"shots": shots, "instruction": True, "style": self.training["style"]}
 

@@ -11,6 +11,7 @@ from ivlens.models.backend import Backend
 from ivlens.running.decoding import choose, complete
 from ivlens.running.scores import exact_match, rouge_l, words
 from ivlens.running.tokens import room_for, tokenize
+from ivlens.tasks.checks import passes
 from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
 from ivlens.tasks.task import Task
 
@@ -31,15 +32,19 @@ class Scoring:
         `test`, or `valid` while options are chosen.
     metric
         `exact_match` of the greedily generated answer, `rouge_l` (F1), or `auto`: ROUGE-L where answers are free text. Multiple
-        choice is always scored by which option is likeliest per character.
+        choice is always scored by which option is likeliest per character, and free answers by their check.
     general_shots
-        Demonstrations for general tasks: each number gives a score of its own (0: GP, 5: IP of FVG).
+        Demonstrations for general tasks: each number gives a score of its own (0: GP, 5: IP of FVG). General tasks with a check
+        are asked in style `chat` without any (our choice).
+    max_new_tokens
+        How long free answers may be.
     """
 
     n_prompts: int = 100
     split: str = "test"
     metric: str = "auto"
     general_shots: tuple[int, ...] = (0, 5)
+    max_new_tokens: int = 40
     batch_size: int = 64
     seed: int = 0
 
@@ -77,6 +82,12 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
     rows = tokenize(backend, prompts)
     if all(prompt.query.choices for prompt in prompts):
         return _choice_hits(backend, prompts, rows, scoring.batch_size)
+    if task.is_checked:
+        lengths = {"max_new_tokens": scoring.max_new_tokens, "batch_size": scoring.batch_size}
+        written = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, stop=None, **lengths)[
+            ""
+        ].texts
+        return [float(passes(prompt.query.check, text)) for prompt, text in zip(prompts, written)]
     overlap = scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task))
     answers = [prompt.query.answers for prompt in prompts]
     options: dict[str, Any] = {"stop": common_stop(prompts), "batch_size": scoring.batch_size}
