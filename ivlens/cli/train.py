@@ -29,7 +29,7 @@ _HEADS = "effects.safetensors of `ivlens locate`; default: located now"
 Heads = Annotated[Path | None, Option("--heads", help=_HEADS)]
 Top = Annotated[int, Option("--top", help="How many heads make a vector")]
 NPrompts = Annotated[int, Option("--n-prompts", help="Test prompts per task")]
-_METHODS = "lora, fresh_lora, ewc, lwf, replay, o_lora, averaging, iv, fvg, or a sum with options; default: lora, or iv"
+_METHODS = "By name (lora, iv, averaging, …), with options in brackets, or a sum of several; default: lora, or iv"
 
 
 @app.command()
