@@ -317,3 +317,11 @@ def test_bad_arguments_are_refused_with_what_is_allowed(model, vector):
             Injection.of(backend, value, **options)
         with pytest.raises(ValueError, match=message), ivl.inject(model, value, **options):
             pass
+
+
+def test_token_numbers_are_continued_as_their_text(model):
+    ids = model.tokenizer("Q: walk\nA:", return_tensors="pt", add_special_tokens=False).input_ids[0]
+    told, found = ivl.generate(model, "Q: walk\nA:"), ivl.generate(model, ids)
+    assert found.prompts == ["Q: walk\nA:"] and len(ivl.generate(model, [ids, "Q: walk\nA:"]).prompts) == 2
+    bos = [model.tokenizer.bos_token_id] if told["no vector"] != found["no vector"] else []
+    assert ivl.generate(model, torch.cat([ids.new_tensor(bos), ids]))["no vector"] == told["no vector"]

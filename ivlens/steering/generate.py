@@ -56,7 +56,7 @@ class Generations:
 
 def generate(
     model: Any,
-    prompts: str | Prompt | Sequence[str | Prompt],
+    prompts: str | Prompt | Tensor | Sequence[str | Prompt | Tensor],
     *,
     vector: InstructionVector | Tensor | Sequence[InstructionVector] | None = None,
     layer: int | None = None,
@@ -73,6 +73,8 @@ def generate(
 
     Parameters
     ----------
+    prompts
+        Texts, prompts, or token numbers (1-D tensors).
     vector, layer, scale, positions, mode, how, when
         As in `inject`. Without a vector there is one column.
     max_new_tokens
@@ -99,9 +101,13 @@ def generate(
         max_new_tokens = 40 if any(p.query.check for p in built) else 10
     stop = common_stop(built) if stop == "auto" else stop
     done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
-    shown = [p if isinstance(p, str) else _said(p, backend.tokenizer) for p in prompts]
+    shown = [_said(p, backend.tokenizer) for p in prompts]
     return Generations(shown, {name: c.texts for name, c in done.items()})
 
 
-def _said(prompt: Prompt, tokenizer: Any) -> str:
-    return prompt.render(tokenizer) if prompt.style != "chat" else replace(prompt, style="plain").render().rstrip("\n")
+def _said(prompt: str | Prompt | Tensor, tokenizer: Any) -> str:
+    if isinstance(prompt, Tensor):
+        return tokenizer.decode(prompt.flatten())
+    if isinstance(prompt, str) or prompt.style != "chat":
+        return prompt if isinstance(prompt, str) else prompt.render(tokenizer)
+    return replace(prompt, style="plain").render().rstrip("\n")
