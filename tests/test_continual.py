@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
@@ -359,6 +361,18 @@ def test_general_tasks_with_a_check_are_told_and_met(base, sequence, tmp_path):
         scores.query("stage == 0")["score"].tolist() == by_hand
         and not found.to_dataframe().query("metric == 'GP'").empty
     )
+
+
+def test_general_tasks_scored_at_the_end_alone_give_the_same_measures(done, sequence, tmp_path):
+    found, folder, options = done
+    shutil.copytree(folder, tmp_path / "again")
+    last = run(sequence, folder=tmp_path / "again", **{**options, "general_after": "last"})
+    general = last.scores.query("kind == 'general' and method != 'base'")
+    assert set(general["stage"]) == {2} and len(last.scores) < len(found.scores)
+    pd.testing.assert_frame_equal(last.to_dataframe(), found.to_dataframe())
+    assert last.plot("matrix").data and last.plot("general").data
+    with pytest.raises(ValueError, match="general_after='first' is unknown"):
+        Scoring(general_after="first")
 
 
 def test_rows_of_earlier_tasks_are_guided_by_their_own_vectors(base, sequence, tmp_path):

@@ -92,7 +92,7 @@ def resampled(
     Queries, with all prompts that ask them, are resampled within each task and number of demonstrations, the trained tasks in
     order before the general ones. Draws are the same for all methods, seeds and stages, so that differences between rows of two
     methods are paired.
-    A method and seed that aren't finished, or lack some prompt's score, have NaN.
+    A method and seed that aren't finished, or lack some prompt's score that a measure is made of, have NaN.
 
     Parameters
     ----------
@@ -127,7 +127,9 @@ def resampled(
     for i, method in enumerate(methods):
         begin = np.broadcast_to(base, (len(means), len(seeds), 1, len(cells)))
         values = np.concatenate([begin, after[:, i]], axis=2)
-        values[:, np.isnan(values[0]).any(axis=(1, 2))] = np.nan
+        used = values[0].copy()
+        used[:, 1:-1, ~of_kind[0]] = 0  # no measure is of general tasks on the way
+        values[:, np.isnan(used).any(axis=(1, 2))] = np.nan
         found[method] = measured(values)
     return found
 

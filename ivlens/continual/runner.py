@@ -58,6 +58,7 @@ def experiment(
     split: str = "test",
     metric: str = "auto",
     general_shots: Sequence[int] = (0, 5),
+    general_after: str = "every",
     heads_per_vector: int = 10,
     vector_shots: int = 5,
     similarity: bool = True,
@@ -81,7 +82,7 @@ def experiment(
         tuple(seeds),
         Path(folder),
         training,
-        Scoring(n_prompts, split, metric, tuple(general_shots)),
+        Scoring(n_prompts, split, metric, tuple(general_shots), general_after),
         heads_per_vector,
         vector_shots,
         similarity,
@@ -117,7 +118,7 @@ def run(
         Each trains every method once, on the same examples.
     steps, batch_size, learning_rate, lora, shots, instruction, style, dtype, save_every, arguments
         Of every stage; see `fine_tune`. Models are scored in the same dtype.
-    n_prompts, split, metric, general_shots
+    n_prompts, split, metric, general_shots, general_after
         How scores are taken; see `Scoring`. Prompts are the same for all models, and have one wording and one set of
         demonstrations, which is read once.
     heads_per_vector, vector_shots, similarity
@@ -212,7 +213,8 @@ def _train(
 def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str, InstructionVector]) -> None:
     checkpoint = open_checkpoints(what.model, [trained.final], dtype=what.dtype)[0][1]
     with checkpoint.use() as model:
-        found: dict[str, Any] = {"scores": _scores(what, model)}
+        general = what.scoring.general_after == "every" or stop.number == len(what.sequence)
+        found: dict[str, Any] = {"scores": _scores(what, model, general)}
         if what.similarity:
             from ivlens.continual.vectors import similarities
 
@@ -220,9 +222,9 @@ def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str
     what.keep_scores(stop.folder, found)
 
 
-def _scores(what: Experiment, model: Any) -> list[dict[str, Any]]:
+def _scores(what: Experiment, model: Any, general: bool = True) -> list[dict[str, Any]]:
     backend, found = backend_of(model), []
-    for kind, task, look in what.looks():
+    for kind, task, look in (x for x in what.looks() if general or x[0] == "trained"):
         prompts = scored_prompts(task, what.scoring, **look)
         values, asked = score_task(backend, task, prompts, what.scoring), [same_input(p.query) for p in prompts]
         found.append({"task": task.name, "kind": kind, "shots": look["shots"], "scores": values, "queries": asked})

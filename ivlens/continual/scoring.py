@@ -36,6 +36,8 @@ class Scoring:
     general_shots
         Demonstrations for general tasks: each number gives a score of its own (0: GP, 5: IP of FVG). General tasks with a check
         are asked in style `chat` without any (our choice).
+    general_after
+        `every` stage, or the `last` one only, which is all that the measures need.
     max_new_tokens
         How long free answers may be.
     """
@@ -44,6 +46,7 @@ class Scoring:
     split: str = "test"
     metric: str = "auto"
     general_shots: tuple[int, ...] = (0, 5)
+    general_after: str = "every"
     max_new_tokens: int = 40
     batch_size: int = 64
     seed: int = 0
@@ -51,6 +54,8 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"metric={self.metric!r} is unknown; choose one of {', '.join(METRICS)}")
+        if self.general_after not in ("every", "last"):
+            raise ValueError(f"general_after={self.general_after!r} is unknown; choose 'every' or 'last'")
         if self.n_prompts < 1 or any(shots < 0 for shots in self.general_shots):
             wanted = f"n_prompts={self.n_prompts} must be at least 1"
             raise ValueError(f"{wanted} and general_shots={self.general_shots} 0 or more")
