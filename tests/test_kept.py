@@ -282,6 +282,7 @@ def test_continual_run(base, other_base, task, other_task, tmp_path):
         "split": ["valid"],
         "metric": ["rouge_l"],
         "general_shots": [(0,)],
+        "general_after": ["last"],
         "heads_per_vector": [3],
         "vector_shots": [2],
         "similarity": [False],

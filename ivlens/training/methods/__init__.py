@@ -58,8 +58,8 @@ def as_method(method: str | Method | Mapping[str, Any] | Sequence[Any]) -> Metho
 
     Examples
     --------
-    >>> as_method("averaging(share=0.7)")
-    Averaging(share=0.7)
+    >>> as_method("replay(share=0.1)")
+    Replay(share=0.1, size=200)
     >>> as_method("iv + averaging") == as_method(["iv", {"averaging": {"share": 0.5}}]) == Guided() + Averaging()
     True
 
