@@ -1,6 +1,6 @@
 """Format instructions on SmolLM2: which it follows, the heads that carry them, and what vectors do, beside their controls.
 
-    python benchmarks/formats.py [--out runs/formats] [--part compliance locate vectors steer gate pairs] [--task spanish ...]
+    python benchmarks/formats.py [--out runs/formats] [--part compliance locate vectors steer ways gate pairs] [--task spanish ...]
 
 Every piece is kept under a key of all it depends on, so that an interrupted run goes on. Processes with tasks of their own
 (`OMP_NUM_THREADS=1`) share the work; one without `--task` then prints all tables. Matrix products are rounded to bfloat16 where
@@ -33,7 +33,7 @@ from ivlens.tasks.checks import check_source, passes
 from ivlens.tasks.prompts import Prompt
 from ivlens.vectors.vector import InstructionVector
 
-PARTS = ("compliance", "locate", "vectors", "steer", "gate", "pairs")
+PARTS = ("compliance", "locate", "vectors", "steer", "ways", "gate", "pairs")
 LOOK = {"style": "chat", "shots": 0, "instruction": True}
 PRECISION = "medium"  # of torch.set_float32_matmul_precision
 LAYERS, SCALES = (12, 15, 18, 21), (0.5, 0.75, 1.0, 1.5)
@@ -282,10 +282,10 @@ def main() -> None:
         show("balance on the validation split", table.pivot_table("balance", "task", ["way", "how"]))
     if "steer" in given.part:
         vectors = study.chosen()
-        names = [name for name in names if name in vectors]
-        for name in names:
+        for name in (name for name in names if name in vectors):
             found = study.evaluation("all", name, vectors, ivl.steering.CONTROLS)
             show(f"{name}: {vectors[name]}\n{found}", found.balance())
+    if "ways" in given.part:
         for name in names:
             show(f"{name} by every way, test split", balance_table(study.ways(name)))
     if "gate" in given.part:
