@@ -37,6 +37,9 @@ PARTS = ("compliance", "locate", "vectors", "steer", "ways", "gate", "pairs")
 LOOK = {"style": "chat", "shots": 0, "instruction": True}
 PRECISION = "medium"  # of torch.set_float32_matmul_precision
 LAYERS, SCALES = (12, 15, 18, 21), (0.5, 0.75, 1.0, 1.5)
+AT_LAST = (15, 18, 22, 26), (1.0, 2.0, 4.0)  # the same, where the vector is added at the last prompt token only
+WAYS = (("heads", "add", "generated"), ("difference", "add", "generated"), ("residual", "add", "generated"))
+WAYS += (("residual", "set", "generated"), ("difference", "add", "last"), ("residual", "add", "last"))
 N_HEADS, N_PROMPTS, N_MEAN, N_VALID, TOKENS = 6, 12, 24, 12, 40
 LORA = {"steps": 60, "learning_rate": 5e-4, "dtype": "bfloat16", "progress": False}
 FOLLOWED, UNASKED = 0.6, 0.1  # told and untold compliance on the validation split of what counts as followed
@@ -104,23 +107,27 @@ class Study:
         parts = [task, options, check_source(task.check)]
         return self.kept(f"effects-{name}.safetensors", parts, work, HeadEffects.load, lambda x, path: x.save(path))
 
-    def search(self, name: str, way: str, how: str) -> dict:
+    def search(self, name: str, way: str, how: str, positions: str) -> dict:
         """Layer and scale on the validation split, and the vector with them."""
         task, heads = self.tasks[name], self.effects(name).top(N_HEADS)
-        parts = [task, check_source(task.check), heads, way, how, LAYERS, SCALES, N_MEAN, N_VALID, TOKENS]
+        layers, these = (LAYERS, SCALES) if positions == "generated" else AT_LAST
+        parts = [task, check_source(task.check), heads, way, how, layers, these, N_MEAN, N_VALID, TOKENS]
+        parts += [] if positions == "generated" else [positions]
+        label = f"{name}-{way}-{how}" + f"-{positions}" * (positions != "generated")
 
         def work() -> dict:
             options = {**LOOK, "n_prompts": N_MEAN, "way": way}
             if way == "residual":
-                vector = [ivl.extract_vector(self.model, task, layer=layer, **options) for layer in LAYERS]
+                vector = [ivl.extract_vector(self.model, task, layer=layer, **options) for layer in layers]
             else:
                 vector = ivl.extract_vector(self.model, task, heads, **options)
-            scales = SCALES if how == "add" else (0.75, 1.0, 1.5)
-            about = {"layers": LAYERS, "scales": scales, "style": "chat", "n_prompts": N_VALID, "how": how}
+            scales = these if how == "add" else (0.75, 1.0, 1.5)
+            about = {"layers": layers, "scales": scales, "style": "chat", "n_prompts": N_VALID, "how": how}
+            about |= {} if positions == "generated" else {"positions": positions}
             search = ivl.tune_injection(self.model, task, vector, max_new_tokens=TOKENS, **about)
             best = search.best
             best.metadata["how"] = how
-            folder = self.out / f"vector-{name}-{way}-{how}"
+            folder = self.out / f"vector-{label}"
             best.save(folder)
             return {
                 "balance": search.accuracy.max().item(),
@@ -130,16 +137,13 @@ class Study:
             }
 
         load = lambda path: read_json(path, "search")  # noqa: E731
-        found = self.kept(
-            f"search-{name}-{way}-{how}.json", parts, work, load, lambda x, path: write_json(path, "search", x)
-        )
-        return {"task": name, "way": way, "how": how, **found}
+        found = self.kept(f"search-{label}.json", parts, work, load, lambda x, path: write_json(path, "search", x))
+        return {"task": name, "way": way, "how": how, "positions": positions, **found}
 
     def searches(self, names: list[str]) -> pd.DataFrame:
-        ways = (("heads", "add"), ("difference", "add"), ("residual", "add"), ("residual", "set"))
         rows = []
-        for name, (way, how) in itertools.product(names, ways):
-            rows.append(self.search(name, way, how))
+        for name, way in itertools.product(names, WAYS):
+            rows.append(self.search(name, *way))
             print(rows[-1], flush=True)
         return pd.DataFrame(rows)
 
@@ -183,7 +187,7 @@ class Study:
                 injection = Injection.of(self.backend, self.vector(row))
                 return scored(written(self.backend, bare, {0: injection}, max_new_tokens=TOKENS)[0])
 
-            label = f"{row['way']}-{row['how']}"
+            label = f"{row['way']}-{row['how']}-{row['positions']}"
             rows.append(self.frame(f"test-{name}-{label}", [*parts, self.vector(row)], steered).assign(condition=label))
         trained = lambda: scored(self.written_by_lora(name, bare))  # noqa: E731
         rows.append(self.frame(f"test-{name}-lora", [*parts, self.tasks[name], LORA], trained).assign(condition="lora"))
@@ -279,7 +283,7 @@ def main() -> None:
             show(f"{study.effects(name)} {json.dumps(study.effects(name).metadata['own_answers'])}")
     if "vectors" in given.part:
         table = study.searches(names)
-        show("balance on the validation split", table.pivot_table("balance", "task", ["way", "how"]))
+        show("balance on the validation split", table.pivot_table("balance", "task", ["positions", "way", "how"]))
     if "steer" in given.part:
         vectors = study.chosen()
         for name in (name for name in names if name in vectors):
