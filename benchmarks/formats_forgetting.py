@@ -45,7 +45,7 @@ class Forgetting:
         self.words = ivl.load_tasks(NEW)
         self.vectors = self.study.chosen()
         torch.set_float32_matmul_precision("highest")
-        self.tasks = {name: self.study.tasks[name] for name in self.study.followed()}
+        self.tasks = {name: self.study.tasks[name] for name in given.task or self.study.followed()}
 
     # -- training ---------------------------------------------------------------------------------------------------
     def run(self, new: str, seed: int, method: str) -> ivl.TrainingRun:
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--new", nargs="+", default=NEW)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--task", nargs="+", help="constraints; default: those followed")
     parser.add_argument(
         "--share", nargs=2, type=int, default=(0, 1), help="this process's number, from 0, and how many there are"
     )
