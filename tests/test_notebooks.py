@@ -14,8 +14,8 @@ SMALL = {
         "N_MEAN": 6,
         "N_VALID": 2,
         "N_TEST": 2,
-        "LAYERS": [16],
-        "SCALES": [0.75],
+        "LAYERS": [22],
+        "SCALES": [4.0],
     },
 }
 LONG = ("04_format_instructions",)
