@@ -28,7 +28,7 @@ __all__ = ["DEMO_TASKS", "run_demo"]
 # Chosen by measuring all built-in tasks on the built-in model: those it does with ten demonstrations.
 DEMO_TASKS = ("present_past", "singular_plural", "last_of_list", "capitalize", "lowercase")
 SCALES = (1.0, 2.0, 3.0)
-CONSTRAINT = "spanish"  # an instruction on the form of answers that the built-in model follows
+CONSTRAINT = "title"  # an instruction on the form of answers that the built-in model follows
 TOLD = {"style": "chat", "shots": 0, "instruction": True}
 SHOWN = {"present_past": ("walk", "sing"), "singular_plural": ("house", "child"), "capitalize": ("river", "music")}
 
@@ -85,7 +85,8 @@ class Constraint:
         short: dict[str, Any] = {"max_new_tokens": 24, "seed": seed}
         effects = locate_heads(model, task, **TOLD, n_prompts=6, n_mean=12, answer_tokens=4, **short)
         vector = extract_vector(model, task, effects.top(6), way="difference", **TOLD, n_prompts=12, seed=seed)
-        tries = {"layers": [3 * n_layers // 5], "scales": (0.5, 0.75), "n_prompts": 6}
+        # A title is decided when the answer begins, late in the model.
+        tries = {"layers": [3 * n_layers // 4], "scales": (2.0, 4.0), "positions": "last", "n_prompts": 6}
         with _edge_is_said():
             search = tune_injection(model, task, vector, style="chat", **tries, **short)
         options = {"controls": ("random vector",), "draws": 1, "n_prompts": 8}
@@ -101,13 +102,13 @@ class Constraint:
         heads = (
             f"Told “{task.instructions[0]}” in the chat template, no demonstrations. Answers are free, and a program decides "
             f"whether they follow. Heads are located by the model's own answers that do ({own['kept']} of {own['asked']} "
-            "questions). The vector is what the six strongest write when told, minus what they write when not. It acts after "
-            f"layer {self.search.best.layer}, where validation questions fared best, at a scale that six of them chose; test questions "
-            "and the wordings of their instruction are others."
+            "questions). The vector is what the six strongest write when told, minus what they write when not. It is "
+            f"added at the last prompt token after layer {self.search.best.layer}, at a scale that six validation questions chose; test "
+            "questions and the wordings of their instruction are others."
         )
         numbers = self.scores.to_dataframe()
         met = numbers[numbers["metric"] == "met"].drop(columns=["task", "metric"])
-        about = "The share of answers that follow, with 95 % intervals: few questions, so wide ones. Some that count are loops of words."
+        about = "The share of answers that follow, with 95 % intervals: few questions, so wide ones."
         items = [side_by_side(self.scores, CONSTRAINT), about, met, BALANCE, self.scores.plot("balance")]
         figures = [self.scores.balance().drop(columns="task"), self.effects.plot(), self.search.plot()]
         return Section(

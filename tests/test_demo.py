@@ -43,7 +43,7 @@ def test_an_instruction_on_the_form_is_located_tuned_scored_and_shown(roomy, tmp
 
 @pytest.mark.slow
 def test_the_demo_goes_through_where_a_model_does_not_follow(roomy, tmp_path):
-    """A random model never answers in Spanish."""
+    """A random model never gives its answers a title."""
     page = demo.run_demo(roomy, tmp_path).read_text()
     assert "How well it works" in page and "Not shown: none of 24 answers to 6 prompts of task" in page
-    assert not (tmp_path / "spanish").exists()
+    assert not (tmp_path / "title").exists()
