@@ -424,6 +424,12 @@ def test_a_teacher_may_be_shown_demonstrations_and_the_vector_or_not(
         pytest.warns(UserWarning),
     ):
         small.train()
+    with pytest.raises(ValueError, match="the data hold no prompts for the teacher"):
+        plain = data.remove_columns("teacher_ids")
+        trainer_for(model, plain, vectors, tokenizer, tmp_path, guidance, keep="full")
+    idle = Guidance(progressive=False, kl=(), shots=2)  # nothing to teach: its budget doesn't matter
+    with trainer_for(model, data, vectors, tokenizer, tmp_path, idle, keep="full", budget=1e-9).prepared():
+        pass
     with pytest.raises(ValueError, match="shots=2 needs keep_teacher"):
         trainer_for(model, data, vectors, tokenizer, tmp_path, guidance)
     with pytest.raises(ValueError, match="use positions 'answer' or 'last'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -137,6 +138,12 @@ class Guidance:
     @property
     def needs_teacher(self) -> bool:
         return bool(self.heads_weight) or any(term.weight for term in self.kl)
+
+    def check_data(self, columns: Sequence[str]) -> None:
+        """Raise ValueError where the teacher is to be shown demonstrations and the data have none for it."""
+        if self.shots and "teacher_ids" not in columns:
+            there = f"shots={self.shots}, but the data hold no prompts for the teacher"
+            raise ValueError(f"{there}; build them with answer_dataset(..., teacher=[...]), or use fine_tune")
 
     def strength(self, step: int, steps: int) -> float:
         """α at a step of so many.

@@ -89,6 +89,7 @@ class IVTrainer(Trainer):
         # Padded on the left, answers stand in the same columns, and fewer logits are needed.
         side = "left" if self._positioned else "right"
         arguments.setdefault("data_collator", Collator(processing_class, tasks, side, positioned=self._positioned))
+        self.guidance.check_data(train_dataset.column_names)
         numbered = train_dataset.add_column("example", list(range(len(train_dataset))))
         super().__init__(model, train_dataset=numbered, processing_class=processing_class, **arguments)
         self.args.remove_unused_columns = False  # the collator needs those that the model doesn't
@@ -117,10 +118,11 @@ class IVTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)
         layers = set(self._injection.layers.tolist())
         keep = self._affordable()
-        if self.guidance.shots and keep is None:
-            there = f"teacher_budget={self._budget} is too small to ask a teacher with demonstrations once"
-            raise ValueError(f"{there}; give more")
         if self.guidance.needs_teacher and keep is None:
+            if self.guidance.shots:
+                raise ValueError(
+                    f"teacher_budget={self._budget} is too small to ask a teacher with demonstrations once"
+                )
             blank = blank_adapters(model)
             self._off = blank or set()
             if blank is None:
