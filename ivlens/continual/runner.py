@@ -188,10 +188,11 @@ def _check_stages(what: Experiment) -> None:
             check_stackable(what.training["lora"])
         for part in (part for part in method.parts if isinstance(part, Guided)):
             TaskInjection.of(None, (), checked_guidance(part.guidance, {}, part.keep_teacher), loaded[0].config)
+    shots = max(method.teacher_shots for method in what.methods.values())
     n = rows_needed(what.training["steps"], what.training["batch_size"], what.training)
     look = {name: what.training[name] for name in ("shots", "instruction", "style")}
     for task, seed in dict.fromkeys(waiting):
-        training_rows(backend, as_suite(what.sequence[task]), n, {**look, "seed": seed})
+        training_rows(backend, as_suite(what.sequence[task]), n, {**look, "seed": seed}, teacher_shots=shots)
 
 
 def _train(

@@ -89,9 +89,8 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
         return _choice_hits(backend, prompts, rows, scoring.batch_size)
     if task.is_checked:
         lengths = {"max_new_tokens": scoring.max_new_tokens, "batch_size": scoring.batch_size}
-        written = complete(backend, [replace(row, answer=()) for row in rows], {"": None}, stop=None, **lengths)[
-            ""
-        ].texts
+        bare = [replace(row, answer=()) for row in rows]
+        written = complete(backend, bare, {"": None}, stop=None, **lengths)[""].texts
         return [float(passes(prompt.query.check, text)) for prompt, text in zip(prompts, written)]
     overlap = scoring.metric == "rouge_l" or (scoring.metric == "auto" and free_text(task))
     answers = [prompt.query.answers for prompt in prompts]

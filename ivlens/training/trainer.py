@@ -57,9 +57,8 @@ class IVTrainer(Trainer):
 
     Notes
     -----
-    While the injection fades, each step is one pass with the injection for ℓ_LM and without it for ℓ_KL: the last prompt
-    token and the answer are fed twice, at the end of each row. Where a try before training shows that the model doesn't
-    take that, every row is fed twice. Logged apart: `lm_loss`, `kl_loss`, `heads_loss` and the strength `alpha`.
+    While the injection fades, a step is one pass with it for ℓ_LM and without it for ℓ_KL: the last prompt token and the answer are fed
+    twice, or every row, where a model doesn't take that. Logged apart: `lm_loss`, `kl_loss`, `heads_loss` and the strength `alpha`.
 
     Raises
     ------
@@ -265,14 +264,13 @@ class IVTrainer(Trainer):
             logits, z = self._teach(model, self._hooks, batch)
             return logits.split(batch.where["kept"].sum(1).tolist()), z
 
-        columns = [x for x in ("input_ids", "labels", "task", "teacher_ids") if x in self.train_dataset.column_names]
-        rows = [list(self.train_dataset[name]) for name in columns]
+        data, columns = self.train_dataset, ("input_ids", "labels", "task", "teacher_ids")
+        rows = [list(data[name]) for name in columns if name in data.column_names]
         kept_as = key(model, k, self.accelerator.mixed_precision, self.guidance, self._injection, rows)
         path = Path(self.args.output_dir) / f"teacher-{kept_as}.safetensors"
         options = {"batch_size": self.args.per_device_train_batch_size, "progress": not self.args.disable_tqdm}
         heat = self.guidance.kl[0].temperature if self.guidance.kl else 1.0
-        if any(isinstance(term, SplitKL) for term in self.guidance.kl):
-            options["right"] = rows[:2]
+        options["right"] = rows[:2] if any(isinstance(term, SplitKL) for term in self.guidance.kl) else None
         with self.args.main_process_first(desc="the teacher's outputs"):  # the others then find the file
             kept = keep_teacher(len(rows[0]), teach, k=k, temperature=heat, path=path, **options)
         self.teacher_seconds = time.perf_counter() - start
