@@ -326,6 +326,9 @@ def test_rehearsed_rows_are_written_by_the_model_before_under_the_old_instructio
         assert by_hand[0].split("\n")[0].strip() == answer.strip() and answer.strip()
         asked.add(text)
     assert len(asked) == len(made["vector"]) and len({str(rows) for rows in made.values()}) == 3
+    with pytest.raises(ValueError, match="asked without an instruction, under which it could be rehearsed"):
+        plain = {**OPTIONS, "vectors": vectors_of(task), "instruction": False}
+        fine_tune(base, task, folder=tmp_path / "y", method="rehearsal", **plain)
     with pytest.raises(ValueError, match="rehearsal puts vectors in, and there is none for task"):
         fine_tune(base, task, folder=tmp_path / "x", method="rehearsal", **OPTIONS)
     options = {**OPTIONS, "previous": one, "vectors": vectors_of(other_task)}

@@ -17,7 +17,7 @@ from ivlens.running.injection import Injection
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.prompts import Prompt
-from ivlens.tasks.task import Example
+from ivlens.tasks.task import Example, Task
 from ivlens.training.data import IGNORED, answer_dataset
 from ivlens.training.methods.method import Method
 from ivlens.training.methods.stage import Stage, sample_rows
@@ -102,6 +102,10 @@ class Rehearsal(Method):
             raise ValueError(f"{there}; extract one each with ivl.extract_vector, or take steered=False")
 
     def data(self, stage: Stage) -> datasets.Dataset:
+        for name, task in stage.tasks.items():
+            if not _instructions(task, stage.look["instruction"]):
+                there = f"task {name!r} is asked without an instruction, under which it could be rehearsed later"
+                raise ValueError(f"{there}; train with instruction=True")
         path = stage.remembered(FILE)
         if path is None:
             return stage.dataset
@@ -115,7 +119,8 @@ class Rehearsal(Method):
         for name in known if self.steered else ():
             InstructionVector.load(stage.remembered(safe_name(name))).save(stage.memory(safe_name(name)))
         for name, task in stage.tasks.items():
-            known[name] = {"instructions": list(task.instructions), "style": stage.look["style"]}
+            told = _instructions(task, stage.look["instruction"])
+            known[name] = {"instructions": told, "style": stage.look["style"]}
             if self.steered:
                 stage.vectors[name].save(stage.memory(safe_name(name)))
         write_json(stage.memory(FILE), KIND, {"tasks": known})
@@ -138,6 +143,15 @@ class Rehearsal(Method):
         answers = complete(backend, tokenize(backend, asked), {0: injection}, max_new_tokens=40)[0].texts
         told = [replace(p, query=replace(p.query, output=y.strip())) for p, y in zip(asked, answers) if y.strip()]
         yield from answer_dataset(backend, told) if told else ()
+
+
+def _instructions(task: Task, given: bool | str | int) -> list[str]:
+    """What its training prompts may say: the task's wordings, or those of its examples."""
+    if isinstance(given, str) or given is False or given is None:
+        return [given] if given else []
+    own = list(dict.fromkeys(x.instruction for x in task.train if x.instruction))[:20]
+    wordings = own or list(task.instructions)
+    return wordings if given is True or own else [(*task.instructions, *task.held_out)[given]]
 
 
 def _check_share(share: float) -> None:
