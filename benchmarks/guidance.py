@@ -83,11 +83,13 @@ class Work:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.sequences = {name: list(ivl.load_tasks(tasks).values()) for name, tasks in BUILT_IN.items()}
-        self.sequences |= {
-            name: [from_file(args.data / name / f"{x}.jsonl") for x in files] for name, files in FILES.items()
-        }
+        for name, files in FILES.items() if args.data else ():
+            self.sequences[name] = [from_file(args.data / name / f"{file}.jsonl") for file in files]
         self.sequences["func"] = list(load_sequence("func").values())
-        general = [*ivl.load_tasks(GENERAL).values(), *load_general(BENCHMARKS, args.data / "general").values()]
+        general = [
+            *ivl.load_tasks(GENERAL).values(),
+            *load_general(BENCHMARKS, args.data and args.data / "general").values(),
+        ]
         trained = {name: {task.name for task in tasks} for name, tasks in self.sequences.items()}
         self.general = {name: [task for task in general if task.name not in trained[name]] for name in self.sequences}
 
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=["tune", "main", "vector"])
     parser.add_argument("--method", nargs="+", choices=TRIES, help="only these")
     parser.add_argument("--sequences", nargs="+", choices=(*BUILT_IN, *FILES, "func"))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="default: none of these sequences, and the hub for general tasks")
     parser.add_argument("--tables", action="store_true", help="only print the tables")
     parser.add_argument("--out", type=Path, default=Path("guidance"))
     work = Work(args := parser.parse_args())
