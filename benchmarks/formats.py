@@ -122,8 +122,14 @@ class Study:
             else:
                 vector = ivl.extract_vector(self.model, task, heads, **options)
             scales = these if how == "add" else (0.75, 1.0, 1.5)
-            about = {"layers": layers, "scales": scales, "style": "chat", "n_prompts": N_VALID, "how": how}
-            about |= {} if positions == "generated" else {"positions": positions}
+            about = {
+                "layers": layers,
+                "scales": scales,
+                "style": "chat",
+                "n_prompts": N_VALID,
+                "how": how,
+                "positions": positions,
+            }
             search = ivl.tune_injection(self.model, task, vector, max_new_tokens=TOKENS, **about)
             best = search.best
             best.metadata["how"] = how

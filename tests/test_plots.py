@@ -190,8 +190,11 @@ def test_search_marks_the_choice_and_says_the_baseline(search):
 def test_search_on_free_answers_says_balance_and_what_was_not_tried(search):
     control = torch.full((3, 2), torch.nan)
     control[1, 1] = 0.05
-    figure = plot_search(replace(search, control=control, measure="balance"))
+    along, last = (replace(vector(), metadata={"positions": at}) for at in ("generated", "last"))
+    other = replace(search, vector=last, accuracy=search.accuracy / 2, measure="balance")
+    figure = plot_search(replace(search, vector=along, control=control, measure="balance", others=(other,)))
     check(figure)
+    assert f"positions: generated · last at best {search.accuracy.max() / 2:.1%}" in figure.layout.title.text
     assert figure.data[0].colorbar.title.text == "balance"
     assert figure.data[1].hovertext[0][0] == "random vector, layer 0, scale 0.5: 5.0%"
     assert figure.data[1].hovertext[0][1].endswith("not tried")

@@ -21,7 +21,7 @@ _COUNTERFACTUAL = "How the instruction is destroyed; default: shuffled_labels, b
 _METRIC = (
     "probability, log_probability, logit or logit_difference; default: the first, or second where answers are free"
 )
-_LAYER = "Where a residual difference is taken; default: chosen in the middle third"
+_LAYER = "Where a residual difference is taken; default: chosen from the middle third on"
 _STYLE = "qa, plain or chat around each prompt; default: none, but chat for vectors made in it"
 _TOKENS = "How long answers may be; default: 10, but 40 for vectors of free answers"
 
@@ -137,13 +137,14 @@ def extract(
 def _vectors(
     model: Any, task: Task, heads: HeadEffects | None, layer: int | None, tune: bool, options: dict[str, Any]
 ) -> list[InstructionVector]:
-    """The vector, or where residual differences are to be chosen from, one for each layer in the middle third."""
+    """The vector, or where residual differences are to be chosen from, one for each layer from the middle third on."""
     from ivlens.models.backends import backend_of
-    from ivlens.steering.tuning import middle_layers
+    from ivlens.steering.tuning import layers_tried
     from ivlens.vectors.extraction import extract_vector
 
     choose = options["way"] == "residual" and layer is None and tune
-    layers = middle_layers(backend_of(model).n_layers) if choose else [layer]
+    n = backend_of(model).n_layers
+    layers = sorted({*layers_tried(n, "generated"), *layers_tried(n, "last")}) if choose else [layer]
     return [extract_vector(model, task, heads, layer=at, **options) for at in layers]
 
 

@@ -49,6 +49,9 @@ def plot_search(search: InjectionSearch) -> go.Figure:
         f"{goal} the task, {counted(search.n, 'prompt')} · nothing injected: {search.baseline:.1%}",
         f"outlined: layer {best.layer}, scale {plain(best.scale)}: {chosen:.1%} (random vector there: {beside:.1%})",
     ]
+    if search.measure == "balance":
+        beside = [f"{x.positions} at best {x.accuracy.max():.1%}" for x in search.others]
+        notes.append(" · ".join([f"positions: {search.positions}", *beside]))
     title = f"Where and how strongly to inject “{escaped(search.vector.name)}”"
     return finish(figure, title, notes, **size, right=96, extra_top=20)
 

@@ -19,6 +19,7 @@ from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
 from ivlens.steering.compliance import Unsteered, balance, check_told, told_by, written
 from ivlens.steering.controls import random_vector
+from ivlens.tasks.checks import passes
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
 from ivlens.vectors.vector import InstructionVector
@@ -26,7 +27,9 @@ from ivlens.vectors.vector import InstructionVector
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["InjectionSearch", "middle_layers", "tune_injection"]
+__all__ = ["InjectionSearch", "layers_tried", "tune_injection"]
+
+SCALES_OF_FREE = {"last": (1.0, 2.0, 4.0), **dict.fromkeys(("generated", "all"), (0.5, 0.75, 1.0, 1.5, 2.0))}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class InjectionSearch:
     goal: str = "induce"
     candidates: tuple[InstructionVector, ...] = ()  # one for each layer, where vectors are made for one
     measure: str = "accuracy"  # or, of free answers, "balance"
+    others: tuple[InjectionSearch, ...] = ()  # of free answers, at other positions, where the best came out lower
+
+    @property
+    def positions(self) -> str | None:
+        """Where the vector was added, of free answers; else it is the last prompt token."""
+        return self.vector.metadata["positions"] if self.measure == "balance" else None
 
     @property
     def best(self) -> InstructionVector:
@@ -74,9 +83,11 @@ class InjectionSearch:
     def __repr__(self) -> str:
         best, of = self.best, "balance " * (self.measure == "balance")
         at = (self.layers.index(best.layer), self.scales.index(best.scale))
+        where, *others = (f", positions {x.positions}" if x.positions else "" for x in (self, *self.others))
+        beside = "".join(f"{other}: {x.accuracy.max():.0%}" for other, x in zip(others, self.others))
         return (
             f"InjectionSearch({self.vector.name}, {self.n} prompts: {of}{self.baseline:.0%} → {self.accuracy[at]:.0%} at layer "
-            f"{best.layer}, scale {best.scale:g}; random vector there {self.control[at]:.0%})"
+            f"{best.layer}, scale {best.scale:g}{where}; random vector there {self.control[at]:.0%}{beside})"
         )
 
 
@@ -112,13 +123,17 @@ def tune_injection(
         One, or several of which each is tried at its own layer (residual differences), whatever `layers` says.
     layers, scales
         Default: every layer; 0.5 to 4 times what the heads write (negative for `goal="suppress"`). Of free answers: five layers in
-        the middle third; 0.5 to 2 times. A warning says where the best stands at the edge, or is no better than no vector or a
-        random one.
+        the middle third, 0.5 to 2 times, while the answer is generated; five in the later half, 1 to 4 times, at the last prompt
+        token. A warning says where the best stands at the edge, or is no better than no vector or a random one.
     goal
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
     shots, instruction, style, template
         How the prompts look; see `build_prompts`. Of free answers, `instruction` is that of the told ones beside bare questions.
-    positions, how, max_new_tokens
+    positions
+        Of free answers, where the vector is added, as in `inject`. Default: both while the answer is generated and at the last prompt
+        token only, of which the better is kept with the vector: what is decided word by word (a language) needs the former, what
+        is decided as the answer begins (a title) the latter.
+    how, max_new_tokens
         Of free answers: as in `inject`, kept with the best vector; and how long answers may be.
     """
     if task.is_checked:
@@ -161,8 +176,10 @@ def tune_injection(
     return search
 
 
-def middle_layers(n_layers: int) -> Sequence[int]:
-    """Five or so in the middle third, where vectors of free answers are tried."""
+def layers_tried(n_layers: int, positions: str) -> Sequence[int]:
+    """Where vectors of free answers are tried: at the last prompt token, in the later half; else, in the middle third."""
+    if positions == "last":
+        return range(n_layers // 2, n_layers - 1, max(n_layers // 10, 1))
     return range(n_layers // 3, 2 * n_layers // 3 + 1, max(n_layers // 12, 1))
 
 
@@ -192,40 +209,51 @@ def _tune_free(
     batch_size: int,
     seed: int,
 ) -> InjectionSearch:
-    backend = backend_of(model)
-    layers, candidates = _placed(backend, vector, middle_layers(backend.n_layers) if layers is None else layers)
-    chosen = {k: v for k, v in (("positions", positions), ("how", how)) if v is not None}  # the best keeps them
-    candidates = tuple(replace(v, metadata={**v.metadata, **chosen}) for v in candidates)
-    scales = (0.5, 0.75, 1.0, 1.5, 2.0) if scales is None else tuple(scales)
+    if positions is not None and (not isinstance(positions, str) or positions not in SCALES_OF_FREE):
+        raise ValueError(f"positions={positions!r} is unknown; choose one of {', '.join(SCALES_OF_FREE)}")
+    backend, (bare, told) = backend_of(model), asked
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    bare, told = asked
     unsteered = Unsteered(backend, bare, **lengths)
     told_texts = written(backend, told, {0: None}, **lengths)[0]
     reached, nothing = map(_means, unsteered.scores(told_texts, unsteered.answers))
     check_told(reached, told[0].task)
+    baseline = float(balance(nothing, reached)["balance"])
 
     def balanced(tries: Sequence[tuple[InstructionVector, int, float]]) -> list[float]:
-        options = {"positions": positions, "how": how}
-        each = [Injection.of(backend, v, layer=layer, scale=scale, **options) for v, layer, scale in tries]
-        found = unsteered.scores(*_all_at_once(backend, bare, each, lengths))
-        return [float(balance(_means(scores), reached)["balance"]) for scores in found]
+        each = [Injection.of(backend, v, layer=layer, scale=scale) for v, layer, scale in tries]
+        texts = _all_at_once(backend, bare, each, lengths)
+        # Where nothing keeps to the constraint, the balance is 0 whatever else is scored.
+        some = [i for i, x in enumerate(texts) if any(passes(p.query.check, text) for p, text in zip(bare, x))]
+        scored = dict(zip(some, unsteered.scores(*(texts[i] for i in some)))) if some else {}
+        reach = {i: float(balance(_means(scores), reached)["balance"]) for i, scores in scored.items()}
+        return [reach.get(i, 0.0) for i in range(len(tries))]
 
-    tries = [(v, layer, scale) for v, layer in zip(candidates, layers) for scale in scales]
-    found = torch.tensor(balanced(tries)).view(len(layers), len(scales))
-    control, baseline = torch.full(found.shape, torch.nan), float(balance(nothing, reached)["balance"])
-    about = (len({prompt.query for prompt in bare}), "induce", candidates, "balance")
-    search = InjectionSearch(candidates[0], found, control, baseline, layers, scales, *about)
-    best = search.best
-    at = (layers.index(best.layer), scales.index(best.scale))
-    control[at] = balanced([(random_vector(best, seed=seed), best.layer, best.scale)])[0]
-    return search
+    def search(positions: str) -> InjectionSearch:
+        own = layers_tried(backend.n_layers, positions) if layers is None else layers
+        places, candidates = _placed(backend, vector, own)
+        chosen = {"positions": positions} | ({} if how is None else {"how": how})  # the best keeps them
+        candidates = tuple(replace(v, metadata={**v.metadata, **chosen}) for v in candidates)
+        sizes = tuple(SCALES_OF_FREE[positions] if scales is None else scales)
+        tries = [(v, layer, scale) for v, layer in zip(candidates, places) for scale in sizes]
+        found = torch.tensor(balanced(tries)).view(len(places), len(sizes))
+        control = torch.full(found.shape, torch.nan)
+        about = (len({prompt.query for prompt in bare}), "induce", candidates, "balance")
+        result = InjectionSearch(candidates[0], found, control, baseline, places, sizes, *about)
+        best = result.best
+        at = (places.index(best.layer), sizes.index(best.scale))
+        control[at] = balanced([(random_vector(best, seed=seed), best.layer, best.scale)])[0]
+        return result
+
+    searches = [search(at) for at in (("generated", "last") if positions is None else (positions,))]
+    best = max(searches, key=lambda x: x.accuracy.max().item())
+    return replace(best, others=tuple(x for x in searches if x is not best))
 
 
 def _all_at_once(
     backend: Backend, prompts: Sequence[Prompt], injections: Sequence[Injection], lengths: Mapping[str, int]
 ) -> list[list[str]]:
-    """Answers under each injection: where these only add at the same positions, as the rows of one batch, each with its own vector."""
-    if any(x.targets or x.positions != injections[0].positions for x in injections):
+    """Answers under each injection, all at the same positions: where these only add, as the rows of one batch, each with its own."""
+    if any(x.targets for x in injections):
         return list(written(backend, prompts, dict(enumerate(injections)), **lengths).values())
     nothing, n = torch.zeros(backend.d_model), len(prompts)
     additions = {
