@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up what they need in .venv and .venv-tl39, once, and again where the pins change.
-# Another Python: `make test PYTHON=python3.12` (after `make clean`, where .venv was made by a different one).
+# Another Python: `make test PYTHON=python3.13` (after `make clean`, where .venv was made by a different one).
 
 PYTHON ?= python3
 TL39   := transformer-lens==3.9.0
@@ -36,8 +36,8 @@ clean:  ## remove the environments and what the commands wrote
 # -- environments: each file below marks a finished step ---------------------------------------------------------------
 
 .venv/created .venv-tl39/created:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
-	    echo "ivlens needs Python 3.10, 3.11 or 3.12 and $(PYTHON) isn't one; name it: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "ivlens needs Python 3.10 or newer and $(PYTHON) is older; name another: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu install:" >&2; \
 	    $(PYTHON) -c 'import sys; print("  sudo apt install python3.%d-venv" % sys.version_info[1])' >&2; exit 1; }
