@@ -185,6 +185,27 @@ def test_what_goes_before_the_prompt_is_refused(tokenizer, base, tmp_path):
         open_checkpoints(base, [tmp_path / "prompt"])
 
 
+def test_an_adapter_that_comes_out_anew_at_every_loading_is_refused(tokenizer, base, tmp_path, task):
+    """peft's fast PiSSA takes a random part off the base's weights; the exact one takes the same off again."""
+    for init in ("pissa_niter_4", "pissa"):
+        config = LoraConfig(r=2, init_lora_weights=init, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        hf = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+        with torch.no_grad():
+            for name, weight in hf.named_parameters():
+                if ".lora_B." in name:
+                    weight.mul_(1.5)
+            expected = hf.eval()(IDS).logits
+        hf.save_pretrained(tmp_path / init)
+        if init == "pissa":
+            found = ivl.load_model(str(base), adapter=tmp_path / init)(IDS).detach()
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=r"a random approximation, another one at every loading; use 'pissa'"):
+                ivl.load_model(str(base), adapter=tmp_path / init)
+            with pytest.raises(ValueError, match=r"lora has init_lora_weights='pissa_niter_4'"):
+                ivl.fine_tune(str(base), task, folder=tmp_path / "run", lora=config, steps=1)
+
+
 @bridge_only
 def test_an_architecture_that_transformer_lens_fails_on_is_refused_in_words(tokenizer):
     config = transformers.FalconConfig(

@@ -16,6 +16,7 @@ __all__ = [
     "adapter_weights",
     "add_adapter",
     "check_kind",
+    "check_reloads",
     "check_stackable",
     "freeze_adapter",
     "fused_adapters",
@@ -67,10 +68,11 @@ def add_adapter(
     `label` is what the base is called. Its `fingerprint` must be that of the base the adapter was trained on, where that is on record
     (`fine_tune` records it). FileNotFoundError or ValueError where a file is missing or truncated, or the base is another.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     if Path(path).is_dir():
         check_files(path)
+        check_reloads(PeftConfig.from_pretrained(str(path)), f"the adapter {path}")
         record = Path(path) / RECORD
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         if known and known.get("base_fingerprint") != fingerprint:
@@ -106,6 +108,15 @@ def check_kind(config: Any, label: str) -> None:
         raise ValueError(f"{said}; use LoRA or another adapter that can be merged")
 
 
+def check_reloads(config: Any, label: str) -> None:
+    """Raise ValueError where peft takes a random part off the base's weights, and another one when the adapter is loaded again."""
+    if str(init := getattr(config, "init_lora_weights", True)).startswith("pissa_niter"):
+        said = f"{label} has init_lora_weights={init!r}, which changes the base by a random approximation, another one at every loading"
+        raise ValueError(
+            f"{said}; use 'pissa', which is exact, or save it by save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+
+
 def merged(hf_model: Any) -> Any:
     """A copy with its adapters merged, or without them where they are switched off; the caller's model keeps them apart."""
     copied = copy.deepcopy(hf_model)
@@ -134,7 +145,7 @@ def _more_than_lora(config: Any) -> list[str]:
     more = [] if kind == "LORA" else [kind]
     more += [f"{name}={value!r}" for name in NOT_STACKED if (value := getattr(config, name, None)) and value != "none"]
     init = getattr(config, "init_lora_weights", True)
-    as_is = init in (None, True, False, "gaussian", "orthogonal", "eva")
+    as_is = init in (None, True, False, "gaussian", "orthogonal", "eva", "mica")
     return more if as_is else [*more, f"init_lora_weights={init!r}"]
 
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ivlens.common.keys import files_key, recorded, weights_fingerprint
-from ivlens.models.adapters import add_adapter, check_stackable, describe_config, freeze_adapter, record_base
+from ivlens.models.adapters import (
+    add_adapter,
+    check_reloads,
+    check_stackable,
+    describe_config,
+    freeze_adapter,
+    record_base,
+)
 from ivlens.models.checkpoints import FINAL, SAVED
 from ivlens.models.hooking import check_in_memory, tokenizing_backend
 from ivlens.models.loading import as_dtype, load_hf
@@ -103,8 +110,10 @@ def fine_tune(
     suite, folder = as_suite(tasks, answered=["train"]), Path(folder)
     chosen = as_method(("lora" if vectors is None else "iv") if method is None else method)
     chosen.check(suite.names, vectors)
-    if chosen.fresh and not isinstance(lora, bool):
-        check_stackable(lora)
+    if not isinstance(lora, bool):
+        check_reloads(lora, "lora")
+        if chosen.fresh:
+            check_stackable(lora)
     before = _previous(previous, chosen, lora)
     hf_model, tokenizer, label = load_hf(model, tokenizer, as_dtype(dtype))
     check_in_memory(hf_model, label, "trained")
