@@ -8,6 +8,7 @@
    stability.
 2. main: the winners × five sequences × three seeds, on the test split. Nothing is chosen on `func` and `trace`, which are looked at once.
 3. vector: the best method with a vector, with a random one, without, and its other parts alone; the same sequences and seeds.
+4. baselines: what peft has against forgetting (orthogonal subspaces, minor components), three learning rates each, likewise.
 
 `--data` holds `superni/` (tasks 363, 875, 1510), `trace/` (FOMC, ScienceQA, NumGLUE-cm) and `general/` (lambada, arc_easy), each file JSON
 lines with `instruction`, `input`, `output`, `split`. Every stage is kept, so that processes can share the work (`OMP_NUM_THREADS=1`).
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from continual import markdown
+from peft import LoraConfig, OSFConfig
 
 import ivlens as ivl
 from ivlens.continual import ContinualResults, collect, load_general, load_sequence, run
@@ -79,6 +81,16 @@ TRIES: dict[str, tuple[Method, ...]] = {
 }
 
 
+# In the place of plain LoRA; learning rates, since that is what they leave to choose.
+RATES = (2e-4, 5e-4, 1e-3)
+BASELINES = {
+    "orthogonal subspaces": OSFConfig(target_modules=["q_proj", "v_proj"], effective_rank=8),
+    "minor components": LoraConfig(
+        r=8, lora_alpha=16, init_lora_weights="mica", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    ),
+}
+
+
 class Work:
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -94,11 +106,18 @@ class Work:
         self.general = {name: [task for task in general if task.name not in trained[name]] for name in self.sequences}
 
     def run(
-        self, sequence: str, methods: dict[str, Method], seeds: tuple[int, ...], kept: bool = False, **more: Any
+        self,
+        sequence: str,
+        methods: dict[str, Method],
+        seeds: tuple[int, ...],
+        kept: bool = False,
+        folder: str = "",
+        **more: Any,
     ) -> ContinualResults:
         options = {**OPTIONS, "general": self.general[sequence], "methods": methods, "seeds": seeds, **more}
         do = collect if self.args.tables or kept else run
-        return do(self.sequences[sequence], folder=self.args.out / sequence, **options)
+        place = self.args.out / folder / sequence
+        return do(self.sequences[sequence], folder=place, **options)
 
     # -- options, on the validation split -------------------------------------------------------------------------------
 
@@ -143,6 +162,25 @@ class Work:
     def print_vector(self) -> None:
         self.compare(self.vector())
 
+    def baseline(self, name: str, rate: float, sequence: str, seeds: tuple[int, ...], **more: Any) -> ContinualResults:
+        more |= {"lora": BASELINES[name], "learning_rate": rate, "folder": f"{name} {rate:g}"}
+        return self.run(sequence, {name: METHODS["lora"]}, seeds, **more)
+
+    def baselines(self) -> dict[str, ContinualResults]:
+        """All of them with plain LoRA, at the rate that wins on the validation split of the main sequence."""
+        found = {x: [self.run(x, {"lora": METHODS["lora"]}, SEEDS)] for x in self.args.sequences or self.sequences}
+        for name in BASELINES:
+            tried = {rate: self.baseline(name, rate, "main", (0,), split="valid") for rate in RATES}
+            sums = {rate: each.to_dataframe().set_index("metric")["mean"] for rate, each in tried.items()}
+            rate = max(RATES, key=lambda x: sums[x]["plasticity"] + sums[x]["stability"])
+            print(name, {rate: each[["plasticity", "stability"]].round(3).to_dict() for rate, each in sums.items()})
+            for sequence, several in found.items():
+                several.append(self.baseline(name, rate, sequence, SEEDS))
+        return {sequence: joined(several) for sequence, several in found.items()}
+
+    def print_baselines(self) -> None:
+        self.compare(self.baselines())
+
     def compare(self, found: dict[str, ContinualResults]) -> None:
         """Each sequence, and the mean of all: paired intervals over prompts."""
         draws = {name: resampled(each.scores, each.metadata["sequence"]) for name, each in found.items()}
@@ -161,6 +199,17 @@ class Work:
             rows.append(row)
         print(f"\n== mean of {len(found)} sequences, beside plain LoRA\n")
         show(pd.DataFrame(rows).set_index("method"))
+
+
+def joined(several: list[ContinualResults]) -> ContinualResults:
+    """Of the same sequence and prompts: one result with all methods; the base model's scores stand in each."""
+    first, *others = several
+    frames = {name: [getattr(first, name)] for name in ("scores", "similarity", "costs")}
+    for each in others:
+        for name, frame in frames.items():
+            more = getattr(each, name)
+            frame.append(more[more["method"] != "base"] if len(more) else more)
+    return replace(first, **{name: pd.concat(frame, ignore_index=True) for name, frame in frames.items()})
 
 
 def from_file(path: Path) -> ivl.Task:
