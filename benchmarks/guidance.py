@@ -31,7 +31,7 @@ import ivlens as ivl
 from ivlens.continual import ContinualResults, collect, load_general, load_sequence, run
 from ivlens.continual.metrics import resampled
 from ivlens.training.guidance import Guidance, SplitKL
-from ivlens.training.methods import EWC, METHODS, Averaging, Guided, LwF, Method, Rehearsal, Replay, TextRehearsal
+from ivlens.training.methods import METHODS, Averaging, Guided, LwF, Method, Rehearsal, Replay, TextRehearsal
 
 BUILT_IN = {
     "main": ("antonym", "object_counting", "singular_plural"),
@@ -57,7 +57,7 @@ OPTIONS: dict[str, Any] = {
 }
 OPTIONS |= {"similarity": False}
 
-PROGRESSIVE = Guided(Guidance(kl=()))
+PROGRESSIVE, KEPT_ON = Guided(Guidance(kl=())), Guided(Guidance(kl=(), schedule="constant"))
 
 
 def split(weight: float, **options: Any) -> Guided:
@@ -68,11 +68,10 @@ def split(weight: float, **options: Any) -> Guided:
 TRIES: dict[str, tuple[Method, ...]] = {
     "averaging": tuple(Averaging(x) for x in (0.5, 0.7, 0.85)),
     "averaging, on the way": tuple(Averaging(x, every=0.25) for x in (0.7, 0.85, 0.95)),
-    "averaging, by layer": tuple(Averaging(x, last=1.0) for x in (0.3, 0.5, 0.7)),
     "replay": tuple(Replay(x) for x in (0.1, 0.25, 0.5)),
-    "ewc": tuple(EWC(x) for x in (1e2, 1e4, 1e6)),
     "self-distillation": tuple(LwF(x, temperature=1.0, shots=5) for x in (0.3, 1.0, 3.0)),
     "iv+averaging": tuple(PROGRESSIVE + Averaging(x) for x in (0.5, 0.7, 0.85)),
+    "kept on+averaging": tuple(KEPT_ON + Averaging(x) for x in (0.5, 0.7, 0.85)),
     "split+averaging": tuple(split(x) + Averaging(0.85) for x in (0.3, 1.0, 3.0)),
     "demonstrations+averaging": tuple(split(x, shots=5) + Averaging(0.85) for x in (0.3, 1.0, 3.0)),
     "rehearsal+averaging": tuple(Rehearsal(x) + Averaging(0.85) for x in (0.1, 0.25, 0.4)),
