@@ -255,7 +255,7 @@ class Study:
             told = ivl.build_prompts(self.tasks[a], style="chat", split="test", instruction=both)
 
             def work(a=a, b=b, bare=bare, told=told) -> pd.DataFrame:
-                injection = Injection.of(self.backend, [added[a], added[b]], positions="generated")
+                injection = Injection.of(self.backend, [added[a], added[b]])
                 texts = [
                     written(self.backend, bare, {0: injection}, max_new_tokens=TOKENS)[0],
                     self._answers(f"{a}+{b}", told),

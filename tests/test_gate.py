@@ -11,7 +11,7 @@ import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.running.decoding import complete
 from ivlens.running.injection import Injection
-from ivlens.running.tokens import TokenizedPrompt
+from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.steering.gate import Gate, fit_gate
 from ivlens.vectors.vector import InstructionVector
 from tests import tiny
@@ -123,9 +123,32 @@ def test_several_vectors_act_each_at_its_own_layer(model, prompts):
         assert ivl.generate(model, "Q: go", vector=vector(), max_new_tokens=4)["+ vector"] == together["+ vector"]
 
 
-def test_several_vectors_at_different_positions_are_refused(model):
-    with pytest.raises(ValueError, match="same positions"):
-        ivl.inject(model, [vector(), vector(positions="generated")])
+@pytest.mark.parametrize("pair", [("last", "generated"), ("generated", "last"), ("all", "last"), ("generated", "all")])
+def test_several_vectors_act_each_at_its_own_positions(model, prompts, pair):
+    """As one inject nested in another, which each know nothing of the other's positions; written, scored, and in plain passes."""
+    one, two = vector(positions=pair[0]), vector(W, 2, positions=pair[1])
+    asked = ["Q: go", "Q: walk on\nA:", "Q: run"]
+    together = ivl.generate(model, asked, vector=[one, two], max_new_tokens=4)["+ vector"]
+    with ivl.inject(model, two):
+        nested = ivl.generate(model, asked, vector=one, max_new_tokens=4)["+ vector"]
+    assert together == nested
+    rows = tokenize(backend_of(model), asked, ["went", "walked on", "ran"])
+    several, first, second = (Injection.of(backend_of(model), x) for x in ([one, two], one, two))
+    scored = {
+        i: x.log_probability
+        for i, x in complete(backend_of(model), rows, dict(enumerate((several, first, second)))).items()
+    }
+    with ivl.inject(model, two):
+        expected = complete(backend_of(model), rows, {0: first})[0].log_probability
+    assert scored[0] == pytest.approx(expected, abs=1e-4)
+    assert all(scored[0] != pytest.approx(scored[i], abs=1e-2) for i in (1, 2)), "both act"
+    with torch.no_grad(), ivl.inject(model, [one, two]):
+        found = model(prompts[0])
+    with torch.no_grad(), ivl.inject(model, one), ivl.inject(model, two):
+        torch.testing.assert_close(found, model(prompts[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_no_vector_is_refused(model):
     with pytest.raises(ValueError, match="at least one"):
         ivl.inject(model, [])
 

@@ -68,7 +68,7 @@ def complete(
     def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
         plain = reader.read(tokens, mask)
         for name, injection in injections.items():
-            everywhere = injection is not None and injection.positions == "all"
+            everywhere = injection is not None and injection.everywhere
             if injection is not None and injection.per_row:
                 injection = injection.of_rows(index)
             cache = reader.read(tokens, mask, injection) if everywhere else plain
@@ -142,7 +142,7 @@ class _Reader:
         else:
             cache = self.backend.spread_cache(self._cache_of_beginning(injection), mask[:, :n])
         if tokens.shape[1] - 1 > n:
-            with _injected(self.backend, injection, slice(None)):
+            with _injected(self.backend, injection, _before):
                 self.backend.forward(tokens[:, n:-1], mask[:, :-1], cache=cache)
         return cache
 
@@ -151,34 +151,45 @@ class _Reader:
         if key not in self.caches:
             self.caches[key] = self.backend.new_cache(1)
             tokens = torch.tensor([self.beginning], device=self.backend.device)
-            with _injected(self.backend, injection, slice(None)):
+            with _injected(self.backend, injection, _before):
                 self.backend.forward(tokens, torch.ones_like(tokens), cache=self.caches[key])
         return self.caches[key]
+
+
+def _before(positions: str) -> slice | None:
+    """Which of the columns before the last prompt token."""
+    return slice(None) if positions == "all" else None
 
 
 @contextmanager
 def _injected(
     backend: Backend,
     injection: Injection | None,
-    columns: slice | None,
+    columns: Callable[[str], slice | None],
     end: int | None = None,
     opened: dict[int, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Add to these positions of the forward passes inside (None for none); `end` is the prompt's last one, for gates."""
-    if injection is None or columns is None:
+    """Add to these columns of the forward passes inside, by positions; `end` is the prompt's last one, for gates."""
+    if injection is None:
         yield
         return
 
-    def add(x: Tensor, change: Tensor) -> Tensor:
-        changed = x.clone()
-        changed[:, columns] = (x + change)[:, columns]
-        return changed
+    def adder(positions: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+        if (here := columns(positions)) is None:
+            return None
 
-    fired: set[int] = set()
-    with backend.model.hooks(fwd_hooks=injection.hooks(backend, add, fired, end, opened)):
+        def add(x: Tensor, change: Tensor) -> Tensor:
+            changed = x.clone()
+            changed[:, here] = (x + change)[:, here]
+            return changed
+
+        return add
+
+    awaited: set[int] = set()
+    with backend.model.hooks(fwd_hooks=injection.hooks(backend, adder, awaited, end, opened)):
         yield
-    if missing := injection.layers - fired:
-        raise RuntimeError(f"nothing was injected after layer(s) {sorted(missing)}")
+    if awaited:
+        raise RuntimeError(f"nothing was injected after layer(s) {sorted(awaited)}")
 
 
 class _Run:
@@ -186,22 +197,24 @@ class _Run:
 
     def __init__(self, backend: Backend, tokens: Tensor, mask: Tensor, cache: Any, injection: Injection | None):
         self.backend, self.mask, self.injection = backend, mask, injection
-        self.at = None if injection is None else injection.positions
         self.fed = tokens if cache is None else tokens[:, -1:]
         self.cache = backend.new_cache(len(tokens)) if cache is None else copy.deepcopy(cache)
         self.opened: dict[int, Tensor] = {}  # which rows' gates are open, once the prompt's last token has been seen
 
     def first(self) -> Tensor:
         """Logits after the prompt, [batch 1 d_vocab]."""
-        columns = slice(None if self.at == "all" else self.fed.shape[1] - 1, None)
-        with _injected(self.backend, self.injection, columns, self.fed.shape[1] - 1, self.opened):
+        end = self.fed.shape[1] - 1
+        with _injected(
+            self.backend, self.injection, lambda at: slice(0 if at == "all" else end, None), end, self.opened
+        ):
             return self.backend.forward(self.fed, self.mask, cache=self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token, [batch 1 d_vocab]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        columns = None if self.at == "last" else slice(None)
-        with _injected(self.backend, self.injection, columns, None, self.opened):
+        with _injected(
+            self.backend, self.injection, lambda at: None if at == "last" else slice(None), None, self.opened
+        ):
             return self.backend.forward(tokens, self.mask, cache=self.cache)
 
     def along(self, answers: Tensor) -> Tensor:
@@ -211,8 +224,7 @@ class _Run:
             return torch.cat([self.first(), *(self.step(answers[:, j : j + 1]) for j in range(length - 1))], dim=1)
         fed = torch.cat([self.fed, answers[:, :-1]], dim=1)
         mask = torch.cat([self.mask, self.mask.new_ones(len(answers), length - 1)], dim=1)
-        columns = slice(0, 1) if self.at == "last" else slice(None)
-        with _injected(self.backend, self.injection, columns, 0, self.opened):
+        with _injected(self.backend, self.injection, lambda at: slice(0, 1 if at == "last" else None), 0, self.opened):
             return self.backend.forward(fed, mask, cache=self.cache, keep=length)
 
 

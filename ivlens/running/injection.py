@@ -31,7 +31,7 @@ class Injection:
     gate
         Acts only on rows that it opens for, by the residual stream at their last prompt token; None for all.
     also
-        Further ones that act at the same positions.
+        Further ones, each at its own positions.
     """
 
     additions: dict[int, Tensor]
@@ -107,15 +107,12 @@ class Injection:
         names = ("layer", "scale", "positions", "mode", "how", "when")
         options = dict(zip(names, (layer, scale, positions, *rest)))
         each = [cls.of(backend, vector, **options) for vector in vectors]
-        if any(isinstance(x.positions, Tensor) for x in each) or len({x.positions for x in each}) > 1:
-            raise ValueError(
-                "several vectors act at the same positions; give positions=, or nest one inject in another"
-            )
         return replace(each[0], also=tuple(each[1:]))
 
     @property
-    def layers(self) -> set[int]:
-        return set(self.additions).union(*(x.layers for x in self.also))
+    def everywhere(self) -> bool:
+        """Whether any of it acts on prompt tokens before the last one."""
+        return self.positions == "all" or any(x.everywhere for x in self.also)
 
     @property
     def per_row(self) -> bool:
@@ -151,8 +148,8 @@ class Injection:
     def hooks(
         self,
         backend: Backend,
-        add: Callable[[Tensor, Tensor], Tensor],
-        fired: set[int],
+        adder: Callable[[str | Tensor], Callable[[Tensor, Tensor], Tensor] | None],
+        awaited: set[int],
         end: int | Tensor | Callable[[], Tensor | None] | None = None,
         opened: dict[int, Tensor] | None = None,
     ) -> list[tuple[str, Callable]]:
@@ -160,8 +157,10 @@ class Injection:
 
         Parameters
         ----------
-        add
-            `add(x, change)` says where the change goes.
+        adder
+            For positions, the function `add(x, change)` that says where the change goes; None where none of them is passed.
+        awaited
+            Layers whose hooks haven't fired yet.
         end, opened
             For gates: the column of the prompt's last token in this pass (None: not in it), and which rows are open, by injection,
             as an earlier pass found.
@@ -176,7 +175,7 @@ class Injection:
 
         def hook_for(layer: int, vector: Tensor) -> Callable:
             def hook_fn(x: Tensor, hook: Any) -> Tensor:
-                fired.add(layer)
+                awaited.discard(layer)
                 v = vector.to(x)
                 change = v[:, None] if v.dim() == 2 else v
                 if layer in self.targets:
@@ -190,11 +189,13 @@ class Injection:
             return hook_fn
 
         hooks: list[tuple[str, Callable]] = []
-        if self.gate is not None:
-            hooks.append((backend.resid_hook(backend.check_layer(self.gate.layer)), look))
-        hooks += [(backend.resid_hook(layer), hook_for(layer, v)) for layer, v in self.additions.items()]
+        if (add := adder(self.positions)) is not None:
+            if self.gate is not None:
+                hooks.append((backend.resid_hook(backend.check_layer(self.gate.layer)), look))
+            hooks += [(backend.resid_hook(layer), hook_for(layer, v)) for layer, v in self.additions.items()]
+            awaited |= set(self.additions)
         for x in self.also:
-            hooks += x.hooks(backend, add, fired, end, opened)
+            hooks += x.hooks(backend, adder, awaited, end, opened)
         return hooks
 
 

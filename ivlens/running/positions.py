@@ -25,8 +25,8 @@ class _Place:
     them goes on with it. Inside `generate` the prompt is what `generate` was given, in as many passes as it takes.
     """
 
-    def __init__(self, backend: Backend, positions: str | Tensor):
-        self.backend, self.positions = backend, positions
+    def __init__(self, backend: Backend):
+        self.backend = backend
         self.thread = threading.get_ident()
         # Prompt lengths of the calls of `generate` under way; None until the first pass.
         self.generating: list[int | None] = []
@@ -62,19 +62,19 @@ class _Place:
             masked = ends is None and isinstance(mask, Tensor) and mask.dim() == 2
             self.last = _last_real(mask) if masked else torch.full((rows,), new - (ends or 1))
 
-    def add(self, x: Tensor, vector: Tensor) -> Tensor:
+    def add(self, x: Tensor, vector: Tensor, positions: str | Tensor) -> Tensor:
         if self.elsewhere:
             return x
         if not self.runs:
             raise RuntimeError("can't tell where the prompt ends: run the model from its first layer inside inject")
-        vector, own = _per_row(vector, len(x)), isinstance(self.positions, Tensor)
-        if not own and self.positions == "all":
+        vector, own = _per_row(vector, len(x)), isinstance(positions, Tensor)
+        if not own and positions == "all":
             return x + vector
         if self.last is None:  # the prompt lies behind
-            return x + vector if not own and self.positions == "generated" else x
+            return x + vector if not own and positions == "generated" else x
         columns = torch.arange(self.start, self.start + x.shape[1], device=x.device)
-        at = (self.positions if own else self.last).to(x.device)[:, None]
-        here = columns >= at if not own and self.positions == "generated" else columns == _per_row(at, len(x))
+        at = (positions if own else self.last).to(x.device)[:, None]
+        here = columns >= at if not own and positions == "generated" else columns == _per_row(at, len(x))
         return torch.where(here[..., None], x + vector, x) if here.any() else x
 
     def end(self) -> Tensor | None:
@@ -170,11 +170,11 @@ def _per_row(x: Tensor, rows: int) -> Tensor:
 @contextmanager
 def injected(model: Any, injection: Injection) -> Iterator[Any]:
     """Inside, the injection acts on every forward pass of the model; see `steering.inject`."""
-    backend = backend_of(model)
-    place, fired = _Place(backend, injection.positions), set()
-    hooks = injection.hooks(backend, place.add, fired, place.end)
+    backend, awaited = backend_of(model), set[int]()
+    place = _Place(backend)
+    hooks = injection.hooks(backend, lambda positions: partial(place.add, positions=positions), awaited, place.end)
     with place.watching(), model.hooks(fwd_hooks=hooks):
         yield model
-        if place.runs and (missing := sorted(injection.layers - fired)):
-            said = f"the model ran, but nothing was injected after layer(s) {missing}"
+        if place.runs and awaited:
+            said = f"the model ran, but nothing was injected after layer(s) {sorted(awaited)}"
             raise RuntimeError(f"{said}: did it stop at an earlier layer?")
