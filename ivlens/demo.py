@@ -17,7 +17,8 @@ from ivlens.plots import plot_similarity
 from ivlens.report import BALANCE, SIDE_BY_SIDE, Section, side_by_side, write_figure, write_report
 from ivlens.steering.evaluation import Evaluation, evaluate
 from ivlens.steering.generate import Generations, generate
-from ivlens.steering.tuning import InjectionSearch, tune_injection
+from ivlens.steering.search import InjectionSearch
+from ivlens.steering.tuning import tune_injection
 from ivlens.tasks import TaskSuite, load_tasks
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.extraction import extract_vector

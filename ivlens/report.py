@@ -43,6 +43,8 @@ class Section:
 
     Attributes
     ----------
+    title
+        Its heading, also in the contents.
     text
         Said first; an empty line starts a new paragraph.
     items
@@ -76,6 +78,10 @@ def write_report(
     ----------
     path
         An `.html` file, or a folder to write `report.html` into.
+    title
+        Of the page.
+    sections
+        In order.
     summary
         Said before everything else.
     about

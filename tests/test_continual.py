@@ -229,9 +229,7 @@ def test_a_folder_with_others_files_is_refused_and_names_never_leave_it(base, se
         run(sequence, folder=tmp_path, **{**OPTIONS, "model": base, "methods": ["lora"]})
     assert [p.name for p in tmp_path.rglob("*")] == ["lora", "mine"]
     options = {k: v for k, v in OPTIONS.items() if k != "progress"}
-    up = runner.experiment(
-        sequence, folder=tmp_path, model=base, methods={"../..": "lora", "x" * 300: "ewc"}, **options
-    )
+    up = tiny.experiment(sequence, folder=tmp_path, model=base, methods={"../..": "lora", "x" * 300: "ewc"}, **options)
     for stop in up.stops():
         assert stop.folder.resolve().is_relative_to(tmp_path.resolve()) and max(map(len, stop.folder.parts)) < 120
 
@@ -296,7 +294,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_numbers(base, sequence, t
 
 def test_bad_input(base, sequence, choice, tmp_path):
     def attempt(tasks=sequence, **options):
-        return runner.experiment(tasks, folder=tmp_path, model=base, **options)
+        return tiny.experiment(tasks, folder=tmp_path, model=base, **options)
 
     with pytest.raises(ValueError, match="method='lra' is unknown; did you mean 'lora'"):
         attempt(methods=["lra"])
@@ -307,7 +305,7 @@ def test_bad_input(base, sequence, choice, tmp_path):
     with pytest.raises(ValueError, match="no methods or no seeds"):
         attempt(seeds=())
     with pytest.raises(ValueError, match="not a model object"):
-        runner.experiment(sequence, folder=tmp_path, model=torch.nn.Linear(1, 1))
+        tiny.experiment(sequence, folder=tmp_path, model=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="metric='bleu' is unknown"):
         attempt(metric="bleu")
     with pytest.raises(ValueError, match="dtype='int8' is no floating-point dtype"):
@@ -321,16 +319,16 @@ def test_a_general_task_that_overlaps_the_training_data_is_warned_about(base, se
     shown += [{"input": f"new {i}", "output": "x", "split": "train"} for i in range(10)]
     leaked = ivl.Task.from_records(shown, name="leaked", instruction="Add.")
     with pytest.warns(UserWarning, match=r"3 test input\(s\) of the general task 'leaked' .* of 'two'"):
-        runner.experiment(sequence, folder=tmp_path, model=base, general=[leaked])
+        tiny.experiment(sequence, folder=tmp_path, model=base, general=[leaked])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        runner.experiment(sequence, folder=tmp_path, model=base, general=["antonym"])
+        tiny.experiment(sequence, folder=tmp_path, model=base, general=["antonym"])
 
 
 def test_a_teacher_that_cannot_do_its_task_is_warned_about(base, sequence, tmp_path):
     def made(method):
         options = {key: value for key, value in OPTIONS.items() if key != "progress"}
-        what = runner.experiment(sequence, folder=tmp_path, model=base, methods=[method], **options)
+        what = tiny.experiment(sequence, folder=tmp_path, model=base, methods=[method], **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             vectors = base_vectors(what, progress=False)
@@ -403,7 +401,7 @@ methods:
   text: averaging(share=0.7) + iv
 """)
     options = read_config(tmp_path / "run.yaml")
-    what = runner.experiment(**options)
+    what = tiny.experiment(**options)
     assert what.sequence.names == ["antonym", "next"] and what.sequence["next"].instructions == ("Add one.",)
     assert what.general.names == ["present_past"] and what.seeds == (0, 3) and what.folder == tmp_path / "out"
     assert what.methods["strong"] == EWC(strength=5.0)

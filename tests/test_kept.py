@@ -40,8 +40,8 @@ SAME = {  # where results are kept, what is shown, and how much is done at a tim
     recover: {"folder", "progress"},
     runner.experiment: {"folder"},
 }
-BESIDE = {  # `run` and `collect` take the options of `experiment`; the rest read a folder of the user's
-    ("run", "progress"), ("run", "dry_run"), "collect", "load_general", "load_sequence", "settled", "usable_checkpoint",
+BESIDE = {  # `run` and `collect` pass theirs on to `experiment`, `compare` to `track`; the rest read a folder of the user's
+    ("run", "progress"), ("run", "dry_run"), "collect", "compare", "load_general", "load_sequence", "settled", "usable_checkpoint",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_every_function_with_a_folder_is_known():
             function = getattr(there, name)
             if inspect.isfunction(function) and "folder" in inspect.signature(function).parameters:
                 assert function in SAME or name in BESIDE or function is runner.run, f"{module.name}.{name} keeps what?"
-    own = set(inspect.signature(runner.run).parameters) - {"sequence", "folder", "options"}
+    own = set(inspect.signature(runner.run).parameters) - set(inspect.signature(runner.experiment).parameters)
     assert {("run", name) for name in own} <= BESIDE
 
 
@@ -249,7 +249,7 @@ def test_recover(base, other_base, run, task, other_task, tmp_path):
 def test_continual_run(base, other_base, task, other_task, tmp_path):
     def place(**options):
         """Where results would be kept; None where the folder is refused."""
-        what = runner.experiment(folder=tmp_path, **options)
+        what = tiny.experiment(folder=tmp_path, **options)
         try:
             what.settle()
         except ValueError:

@@ -16,7 +16,7 @@ from ivlens.patching.effects import HeadEffects
 from ivlens.patching.residual import ResidualEffects
 from ivlens.plots import plot_effects, plot_evaluation, plot_residual, plot_search, plot_shares, plot_similarity
 from ivlens.steering.evaluation import Evaluation
-from ivlens.steering.tuning import InjectionSearch
+from ivlens.steering.search import InjectionSearch
 from ivlens.vectors.vector import InstructionVector
 
 LAYERS, HEADS = 6, 4

@@ -11,7 +11,8 @@ import ivlens as ivl
 from ivlens.models import backend_of
 from ivlens.running.tokens import tokenize
 from ivlens.steering.controls import random_vector
-from ivlens.steering.tuning import InjectionSearch, _warn
+from ivlens.steering.search import InjectionSearch
+from ivlens.steering.tuning import _warn
 from ivlens.tasks.prompts import build_prompts
 from ivlens.vectors.vector import InstructionVector
 from tests import tiny

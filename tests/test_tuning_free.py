@@ -10,7 +10,8 @@ import torch
 
 import ivlens as ivl
 from ivlens.steering.controls import random_vector
-from ivlens.steering.tuning import InjectionSearch, _warn, layers_tried
+from ivlens.steering.search import InjectionSearch
+from ivlens.steering.tuning import _warn, layers_tried
 from ivlens.vectors.vector import InstructionVector
 from tests import by_hand, tiny
 

@@ -7,6 +7,7 @@ With transformer-lens 4 a Hugging Face model is made from its config and loaded 
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,16 @@ def tokens(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
     """Random prompts of these lengths, without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 200, (n,), generator=generator) for n in lengths]
+
+
+def experiment(sequence: Any, **options: Any) -> Any:
+    """What `continual.run` would run with these options."""
+    from ivlens.continual.runner import experiment
+
+    takes = inspect.signature(experiment).parameters
+    told = inspect.signature(ivl.continual.run).parameters.values()
+    defaults = {p.name: p.default for p in told if p.name in takes and p.default is not p.empty}
+    return experiment(sequence, **{**defaults, **options})
 
 
 # -- tasks that a random model gets right -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ __all__ = ["read_config"]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Options of `ivl.continual.run` from a YAML file, whose keys are their names.
+    """Options of `ivl.continual.run` from `path`, a YAML file whose keys are their names.
 
     `sequence` is a recipe's name, a mapping (`recipe`, `folder`, `n_train`, `n_test`), or a list of built-in tasks and files;
     `general` a list of built-in tasks, benchmarks and files, or a mapping (`tasks`, `folder`, `n`); `methods` a list, or a mapping of your
@@ -62,7 +62,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _check_keys(content: Mapping[str, Any], where: str) -> None:
     from transformers import TrainingArguments
 
-    from ivlens.continual.runner import experiment
+    from ivlens.continual.experiment import experiment
 
     known = [name for name in inspect.signature(experiment).parameters if name != "arguments"]
     known += [f.name for f in fields(TrainingArguments)]

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ivlens.common.keys import differences, files_key, key, recorded
 from ivlens.common.storage import read_json, safe_name, write_json
 from ivlens.continual.general import overlapping
+from ivlens.continual.recipes import load_sequence
 from ivlens.continual.scoring import Scoring
 from ivlens.models.adapters import describe_config
 from ivlens.models.checkpoints import SETTINGS
 from ivlens.models.loading import as_dtype
-from ivlens.tasks.suite import TaskSuite, as_suite
+from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
 from ivlens.tasks.task import Task
-from ivlens.training.methods import Method
+from ivlens.training.methods import Method, as_method
 from ivlens.training.run import LOG
 
-__all__ = ["Experiment", "Stop"]
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+__all__ = ["Experiment", "Stop", "experiment"]
 
 KIND, PLAN, SCORES = "continual-learning plan", "plan.json", "scores of a stage"
 RESERVED = ("base", "vectors")  # what lies in the folder beside the methods
@@ -170,3 +174,54 @@ class Experiment:
                 if there.get("keys", {}).get("method") != key(stop.method):
                     both = f"was trained by {there.get('method')}, and {stop.label!r} is {stop.method!r} now"
                     raise ValueError(f"{stop.folder} {both}; choose another label or another folder")
+
+
+def experiment(
+    sequence: str | Iterable[Task] | Mapping[str, Task],
+    *,
+    folder: str | Path,
+    methods: Sequence[str | Method] | Mapping[str, str | Method],
+    model: str | Path,
+    general: Iterable[str] | Iterable[Task] | Mapping[str, Task],
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    lora: bool | PeftConfig,
+    shots: int,
+    instruction: bool | str | int,
+    style: str,
+    dtype: str,
+    save_every: int | None,
+    n_prompts: int,
+    split: str,
+    metric: str,
+    general_shots: Sequence[int],
+    general_after: str,
+    heads_per_vector: int,
+    vector_shots: int,
+    similarity: bool,
+    **arguments: Any,
+) -> Experiment:
+    """What `run` would run; see there, also for the defaults."""
+    if not isinstance(model, (str, Path)):
+        raise ValueError("every stage begins with the base model, so pass its name or folder, not a model object")
+    if not isinstance(methods, Mapping):
+        methods = {m if isinstance(m, str) else repr(m): m for m in methods}
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": lora}
+    training |= {"shots": shots, "instruction": instruction, "style": style}
+    training |= {"dtype": dtype, "save_every": save_every, **arguments}
+    watched = list(general.values()) if isinstance(general, Mapping) else list(general)
+    return Experiment(
+        str(model),
+        load_sequence(sequence) if isinstance(sequence, str) else as_suite(sequence),
+        TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in watched]),
+        {label: as_method(method) for label, method in methods.items()},
+        tuple(seeds),
+        Path(folder),
+        training,
+        Scoring(n_prompts, split, metric, tuple(general_shots), general_after),
+        heads_per_vector,
+        vector_shots,
+        similarity,
+    )

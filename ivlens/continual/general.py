@@ -139,7 +139,8 @@ def load_general(
     n
         At most so many examples of the test split; None takes them all.
     seed
-        Which examples these are, and which are set aside for demonstrations.
+        Of all that is drawn at random; global random states are left alone. Here: which examples these are,
+        and which are set aside for demonstrations.
 
     Notes
     -----

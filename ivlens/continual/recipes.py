@@ -84,7 +84,7 @@ def load_sequence(
     n_train, n_test
         At most so many examples of each task's train and test split; None takes them all.
     seed
-        Which examples these are.
+        Of all that is drawn at random; global random states are left alone. Here: which examples these are.
 
     Notes
     -----

@@ -60,7 +60,8 @@ class ContinualResults:
         return [method for method in dict.fromkeys(self.scores["method"]) if method != "base"]
 
     def matrix(self, method: str) -> pd.DataFrame:
-        """Mean score over prompts and seeds after each stage (rows; 0 is the base) on each trained and general task."""
+        """Mean score over prompts and seeds of one `method` after each stage (rows; 0 is the base) on each trained and general
+        task."""
         frame = self.scores[self.scores["method"].isin(["base", self._known(method, "method")])]
         of_seeds = frame.groupby(["kind", "task", "shots", "stage", "seed"], sort=False)["score"].mean()
         table = of_seeds.groupby(level=["kind", "task", "shots", "stage"], sort=False).mean().unstack("stage")
@@ -93,7 +94,7 @@ class ContinualResults:
         return pd.DataFrame(rows, columns=["method", "seed", *MEASURES]).dropna(subset=["OP"]).reset_index(drop=True)
 
     def versus(self, reference: str = REFERENCE) -> pd.DataFrame:
-        """Each method minus the reference, prompt by prompt, over the seeds that both have; columns as in `to_dataframe`.
+        """Each method minus `reference`, prompt by prompt, over the seeds that both have; columns as in `to_dataframe`.
 
         The last metric of each method is the cut in forgetting: 1 − its forgetting / the reference's, NaN where that is not
         above zero.
@@ -131,20 +132,20 @@ class ContinualResults:
         return table.fillna("–")
 
     def plot(self, kind: str = "scatter") -> go.Figure:
-        """`scatter`: stability against plasticity; `matrix`: scores after every stage; `similarity`: instruction vectors along
+        """By `kind`, `scatter`: stability against plasticity; `matrix`: scores after every stage; `similarity`: instruction vectors along
         the sequence; `general`: tasks not trained on."""
         from ivlens.plots import plot_continual
 
         return plot_continual(self, kind)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one JSON file."""
+        """Save to `path`, one JSON file."""
         frames = {name: getattr(self, name).to_dict("list") for name in FRAMES}
         return write_json(path, "continual", {"metadata": self.metadata, **frames})
 
     @classmethod
     def load(cls, path: str | Path) -> ContinualResults:
-        """Load what `save` wrote."""
+        """Load from `path` what `save` wrote."""
         content = read_json(path, "continual")
         return cls(*(pd.DataFrame(content[name]) for name in FRAMES), content["metadata"])
 

@@ -12,20 +12,20 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from ivlens.continual.experiment import Experiment, Stop
+from ivlens.continual.experiment import Experiment, Stop, experiment
 from ivlens.continual.results import ContinualResults
-from ivlens.continual.scoring import Scoring, score_task, scored_prompts
+from ivlens.continual.scoring import score_task, scored_prompts
 from ivlens.models.adapters import check_stackable
 from ivlens.models.backends import backend_of
 from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
 from ivlens.models.hooking import tokenizing_backend
 from ivlens.models.loading import load_hf, load_model
-from ivlens.tasks.suite import TaskSuite, as_suite, load_tasks
+from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task, same_input
 from ivlens.training.finetune import fine_tune, rows_needed, training_rows
 from ivlens.training.guidance import checked_guidance
 from ivlens.training.hooks import TaskInjection
-from ivlens.training.methods import Guided, Method, as_method
+from ivlens.training.methods import Guided, Method
 from ivlens.training.run import TrainingRun
 from ivlens.vectors.vector import InstructionVector
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from ivlens.continual.plan import Plan
 
-__all__ = ["collect", "experiment", "run"]
+__all__ = ["collect", "run"]
 
 
-def experiment(
+def run(
     sequence: str | Iterable[Task] | Mapping[str, Task],
     *,
     folder: str | Path,
@@ -62,40 +62,9 @@ def experiment(
     heads_per_vector: int = 10,
     vector_shots: int = 5,
     similarity: bool = True,
-    **arguments: Any,
-) -> Experiment:
-    """What `run` would run; see there."""
-    from ivlens.continual.recipes import load_sequence
-
-    if not isinstance(model, (str, Path)):
-        raise ValueError("every stage begins with the base model, so pass its name or folder, not a model object")
-    if not isinstance(methods, Mapping):
-        methods = {m if isinstance(m, str) else repr(m): m for m in methods}
-    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": lora}
-    training |= {"shots": shots, "instruction": instruction, "style": style}
-    training |= {"dtype": dtype, "save_every": save_every, **arguments}
-    return Experiment(
-        str(model),
-        load_sequence(sequence) if isinstance(sequence, str) else as_suite(sequence),
-        _general(general),
-        {label: as_method(method) for label, method in methods.items()},
-        tuple(seeds),
-        Path(folder),
-        training,
-        Scoring(n_prompts, split, metric, tuple(general_shots), general_after),
-        heads_per_vector,
-        vector_shots,
-        similarity,
-    )
-
-
-def run(
-    sequence: str | Iterable[Task] | Mapping[str, Task],
-    *,
-    folder: str | Path,
     progress: bool = True,
     dry_run: bool = False,
-    **options: Any,
+    **arguments: Any,
 ) -> ContinualResults | Plan:
     """Fine-tune on tasks one after the other and score trained and general tasks after each (TRACE; FVG).
 
@@ -106,30 +75,48 @@ def run(
     folder
         Where every (method, seed, stage) is kept. Called again, an interrupted run goes on where it was, methods and seeds can
         be added, and nothing finished is repeated.
-    dry_run
-        Only say what is to be done and about how long it takes.
     methods
         Names in `ivlens.training.METHODS`, `Method`s, or a mapping of your labels to either.
     model
-        A name or folder as for `load_model`.
+        A name or folder as for `load_model`; every stage begins with it.
     general
         Tasks that are not trained on: names of built-in tasks, or tasks (see `load_general`).
     seeds
         Each trains every method once, on the same examples.
-    steps, batch_size, learning_rate, lora, shots, instruction, style, dtype, save_every, arguments
+    steps, batch_size, learning_rate, lora, dtype, save_every
         Of every stage; see `fine_tune`. Models are scored in the same dtype.
-    n_prompts, split, metric, general_shots, general_after
-        How scores are taken; see `Scoring`. Prompts are the same for all models, and have one wording and one set of
-        demonstrations, which is read once.
-    heads_per_vector, vector_shots, similarity
-        See `Experiment`.
+    shots, instruction, style
+        How the prompts look; see `build_prompts`. Those of training and of trained tasks.
+    n_prompts
+        Prompts per task that are scored, the same for all models, with one wording and one set of demonstrations, which is
+        read once. Fewer where the split has fewer.
+    split
+        `train`, `valid` or `test`: where the prompts' queries come from.
+    metric, general_shots, general_after
+        How answers are scored, and how and when general tasks are asked; see `Scoring`.
+    heads_per_vector, vector_shots
+        How many heads make a task's vector, and how many demonstrations it comes from (0: the instruction instead).
+    similarity
+        Follow the vectors of the sequence's tasks along it.
+    progress
+        Show a progress bar.
+    dry_run
+        Only say what is to be done and about how long it takes.
+    arguments
+        More of `transformers.TrainingArguments`, for every stage: `bf16=True`, `gradient_accumulation_steps=4`, …
 
     Raises
     ------
     ValueError
         If a method or task is unknown, a task both trained on and general, or the folder holds another experiment.
     """
-    what = experiment(sequence, folder=folder, **options)
+    look = {"shots": shots, "instruction": instruction, "style": style, "general_shots": general_shots}
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": lora, "dtype": dtype}
+    scored = {"n_prompts": n_prompts, "split": split, "metric": metric, "general_after": general_after}
+    kept = {"save_every": save_every, "similarity": similarity, "heads_per_vector": heads_per_vector}
+    options = {**look, **training, **scored, **kept, "vector_shots": vector_shots, **arguments}
+    about = {"folder": folder, "methods": methods, "model": model, "general": general, "seeds": seeds}
+    what = experiment(sequence, **about, **options)
     if dry_run:
         from ivlens.continual.plan import plan
 
@@ -158,20 +145,60 @@ def run(
 
 
 def collect(
-    sequence: str | Iterable[Task] | Mapping[str, Task], *, folder: str | Path, **options: Any
+    sequence: str | Iterable[Task] | Mapping[str, Task],
+    *,
+    folder: str | Path,
+    methods: Sequence[str | Method] | Mapping[str, str | Method] = ("lora", "iv"),
+    model: str | Path = "smollm2",
+    general: Iterable[str] | Iterable[Task] | Mapping[str, Task] = (),
+    seeds: Sequence[int] = (0,),
+    steps: int = 100,
+    batch_size: int = 8,
+    learning_rate: float = 1e-4,
+    lora: bool | PeftConfig = True,
+    shots: int = 0,
+    instruction: bool | str | int = True,
+    style: str = "qa",
+    dtype: str = "float32",
+    save_every: int | None = 25,
+    n_prompts: int = 100,
+    split: str = "test",
+    metric: str = "auto",
+    general_shots: Sequence[int] = (0, 5),
+    general_after: str = "every",
+    heads_per_vector: int = 10,
+    vector_shots: int = 5,
+    similarity: bool = True,
+    **arguments: Any,
 ) -> ContinualResults:
-    """The results of what `run` with the same options has finished so far; trains and scores nothing."""
-    what = experiment(sequence, folder=folder, **options)
+    """The results of what `run` with the same options has finished so far; trains and scores nothing.
+
+    Parameters
+    ----------
+    sequence, folder, methods, model, general, seeds
+        As in `run`.
+    steps, batch_size, learning_rate, lora, shots, instruction, style, dtype, save_every
+        As in `run`.
+    n_prompts, split, metric, general_shots, general_after, heads_per_vector, vector_shots, similarity, arguments
+        As in `run`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no scores with these options.
+    """
+    look = {"shots": shots, "instruction": instruction, "style": style, "general_shots": general_shots}
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": lora, "dtype": dtype}
+    scored = {"n_prompts": n_prompts, "split": split, "metric": metric, "general_after": general_after}
+    kept = {"save_every": save_every, "similarity": similarity, "heads_per_vector": heads_per_vector}
+    options = {**look, **training, **scored, **kept, "vector_shots": vector_shots, **arguments}
+    about = {"folder": folder, "methods": methods, "model": model, "general": general, "seeds": seeds}
+    what = experiment(sequence, **about, **options)
     if what.scores(what.folder / "base") is None:
         missing = f"{folder} holds no scores of the base model with these options"
         raise FileNotFoundError(f"{missing}; start ivl.continual.run first")
     what.settle()
     return _results(what)
-
-
-def _general(general: Any) -> TaskSuite:
-    tasks = list(general.values()) if isinstance(general, Mapping) else list(general)
-    return TaskSuite([task if isinstance(task, Task) else load_tasks(task)[task] for task in tasks])
 
 
 def _check_stages(what: Experiment) -> None:

@@ -29,8 +29,12 @@ class Change:
 
     Attributes
     ----------
+    snapshots
+        One per checkpoint.
     skipped
         Checkpoints that couldn't be opened, and why.
+    metadata
+        Model and settings, and what each answered prompt asks (`queries`, by task).
     """
 
     snapshots: tuple[Snapshot, ...]
@@ -53,7 +57,7 @@ class Change:
         return self.base.task_names
 
     def asked(self, task: str) -> Sequence[Any]:
-        """What each answered prompt asks, the same at every checkpoint."""
+        """What each answered prompt of a `task` asks, the same at every checkpoint."""
         return self.metadata.get("queries", {}).get(task, range(len(self.base.accuracy[task])))
 
     def similarity(self) -> pd.DataFrame:
@@ -84,7 +88,7 @@ class Change:
         return pd.DataFrame(rows)
 
     def overlap(self, k: int = 10) -> pd.DataFrame:
-        """Of the head sets: Jaccard index of the k strongest and Spearman's ρ of all effects, per checkpoint and task.
+        """Of the head sets: Jaccard index of the `k` strongest and Spearman's ρ of all effects, per checkpoint and task.
 
         The row of "all tasks" takes the universal heads. Empty where heads weren't located.
         """
@@ -141,14 +145,14 @@ class Change:
         return frame.reset_index(drop=True)
 
     def plot(self, kind: str = "tasks") -> go.Figure:
-        """`tasks`: similarity and accuracy per task; `matrix`: task × task cosines, before against after; `trajectory`: both
+        """By `kind`, `tasks`: similarity and accuracy per task; `matrix`: task × task cosines, before against after; `trajectory`: both
         over steps; `scatter`: similarity against accuracy; `hidden`: per layer; `effects`: maps before, after and apart."""
         from ivlens.plots import plot_change
 
         return plot_change(self, kind)
 
     def save(self, folder: str | Path) -> Path:
-        """Save to a folder: a file per snapshot, and `change.json`."""
+        """Save to `folder`: a file per snapshot, and `change.json`."""
         folder = Path(folder)
         names = [s.save(folder / f"snapshot-{i}.safetensors").name for i, s in enumerate(self.snapshots)]
         write_json(folder / FILE, "change", {"snapshots": names, "skipped": self.skipped, "metadata": self.metadata})
@@ -156,7 +160,7 @@ class Change:
 
     @classmethod
     def load(cls, folder: str | Path) -> Change:
-        """Load what `save` wrote."""
+        """Load from `folder` what `save` wrote."""
         content = read_json(Path(folder) / FILE, "change")
         snapshots = tuple(Snapshot.load(Path(folder) / name) for name in content["snapshots"])
         return cls(snapshots, content["skipped"], content["metadata"])

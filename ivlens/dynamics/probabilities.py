@@ -42,6 +42,8 @@ class AnswerProbabilities:
         log P(y_c | c, x): the answer in the form the instruction asks for, after instruction and query.
     tokens
         Answer tokens behind each, [prompt 2] (knowledge, instruction).
+    metadata
+        Model and settings, and what each prompt asks (`queries`, by task).
     """
 
     knowledge: dict[str, Float[Tensor, " prompt"]]
@@ -54,7 +56,7 @@ class AnswerProbabilities:
         return list(self.knowledge)
 
     def per_token(self, kind: str, task: str) -> Float[Tensor, " prompt"]:
-        """Mean log-probability per answer token."""
+        """Mean log-probability per answer token (nats) of one `kind`, `knowledge` or `instruction`, and `task`."""
         return getattr(self, kind)[task] / self.tokens[task][:, KINDS.index(kind)]
 
     def _asked(self, task: str) -> Sequence[Any]:
@@ -73,7 +75,7 @@ class AnswerProbabilities:
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one `.safetensors` file."""
+        """Save to `path`, one `.safetensors` file."""
         kinds, tasks = (*KINDS, "tokens"), self.task_names
         tensors = {f"{kind}/{task}": getattr(self, kind)[task] for kind in kinds for task in tasks}
         about = {"kind": FILE_KIND, "tasks": tasks, "metadata": self.metadata}
@@ -81,7 +83,7 @@ class AnswerProbabilities:
 
     @classmethod
     def load(cls, path: str | Path) -> AnswerProbabilities:
-        """Load what `save` wrote."""
+        """Load from `path` what `save` wrote."""
         tensors, about = read_tensors(path, kind=FILE_KIND)
         parts = ({task: tensors[f"{kind}/{task}"] for task in about["tasks"]} for kind in (*KINDS, "tokens"))
         return cls(*parts, about["metadata"])
@@ -114,8 +116,22 @@ def answer_probabilities(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
+    tasks
+        A task, a list of tasks, or tasks by name, such as `load_tasks` gives.
     shots, instruction, style
-        How the prompts with the instruction look (default: its first wording); the bare question has neither.
+        How the prompts look; see `build_prompts`. Those of the bare question have neither demonstrations nor instruction.
+    split
+        `train`, `valid` or `test`: where the prompts' queries come from.
+    n_prompts
+        Prompts per task; None for the whole split.
+    batch_size
+        Prompts per forward pass; halved where memory runs out.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
 
     Raises
     ------
@@ -156,6 +172,13 @@ def compare_probabilities(before: AnswerProbabilities, after: AnswerProbabilitie
     Falls are of the mean log-probability per token (nats), prompt by prompt, paired by what they ask; `p` is two-sided from
     flipping the signs of the paired differences (instruction's fall − knowledge's fall) at random. `*_ratio` is the mean
     sequence probability after over before. Our choice.
+
+    Parameters
+    ----------
+    before, after
+        Measured alike, on the same prompts.
+    seed
+        Of all that is drawn at random; global random states are left alone.
     """
     if before.task_names != after.task_names:
         raise ValueError("before and after cover different tasks; measure both on the same ones")

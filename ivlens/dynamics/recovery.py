@@ -35,6 +35,8 @@ class Recovery:
     choices
         One row per checkpoint, task and condition that had something to choose: `layer` and `scale`, from the validation
         split, and the accuracy there; and of the conditions `before` and `after`, with nothing injected.
+    metadata
+        Model and settings.
     """
 
     scores: pd.DataFrame
@@ -50,7 +52,7 @@ class Recovery:
         return list(dict.fromkeys(self.scores["condition"]))
 
     def lost(self, least: float = 0.05) -> list[tuple[str, str]]:
-        """(checkpoint, task) where accuracy on the validation split fell by `least` or more: where there is something to
+        """(checkpoint, task) where accuracy on the validation split fell by `least` (a share of 1) or more: where there is something to
         recover, told without looking at the test split."""
         chosen = self.choices.pivot_table(index=["checkpoint", "task"], columns="condition", values="accuracy")
         return [key for key, row in chosen.iterrows() if row[BEFORE] - row[AFTER] >= least - 1e-9]
@@ -73,7 +75,7 @@ class Recovery:
     def shares(self, *, seed: int = 0) -> pd.DataFrame:
         """Share of the lost accuracy that each condition returns, over all (checkpoint, task) where it was lost on the
         validation split: summed gains over summed losses. 95 % bootstrap intervals over each task's prompts, which all
-        checkpoints share; tasks and checkpoints are taken as they are."""
+        checkpoints share, drawn by `seed`; tasks and checkpoints are taken as they are."""
         lost, pairs, rows = set(self.lost()), self._hits(), []
         pairs = pairs[[key[:2] in lost for key in pairs.index]]
         for condition in self.conditions if len(pairs) else ():
@@ -86,7 +88,7 @@ class Recovery:
 
     def kept(self, *, seed: int = 0) -> pd.DataFrame:
         """Whether the skill is still there: accuracy of the fine-tuned models with the old vector (and with its controls), over
-        the base model's with it. One row per condition, 95 % bootstrap intervals as in `shares`."""
+        the base model's with it. One row per condition, 95 % bootstrap intervals, by `seed`, as in `shares`."""
         rows = []
         for condition in self.conditions:
             if condition not in _ENDS:
@@ -102,19 +104,19 @@ class Recovery:
         return self.scores.pivot(index=["checkpoint", "task", "prompt", "query"], columns="condition", values="hit")
 
     def plot(self, checkpoint: str | None = None) -> go.Figure:
-        """Bars per task, every condition with its interval; mean over checkpoints unless one is named."""
+        """Bars per task, every condition with its interval; mean over checkpoints unless `checkpoint` names one."""
         from ivlens.plots import plot_recovery
 
         return plot_recovery(self, checkpoint)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one JSON file."""
+        """Save to `path`, one JSON file."""
         frames = {name: getattr(self, name).to_dict("records") for name in ("scores", "choices")}
         return write_json(path, "recovery", {"metadata": self.metadata, **frames})
 
     @classmethod
     def load(cls, path: str | Path) -> Recovery:
-        """Load what `save` wrote."""
+        """Load from `path` what `save` wrote."""
         content = read_json(path, "recovery")
         return cls(pd.DataFrame(content["scores"]), pd.DataFrame(content["choices"]), content["metadata"])
 

@@ -65,6 +65,8 @@ def recover(
     ----------
     checkpoints, model
         As in `track`.
+    tasks
+        A task, a list of tasks, or tasks by name, such as `load_tasks` gives.
     vectors
         The base model's, by task.
     subtract
@@ -73,10 +75,18 @@ def recover(
         More vectors to try, by name: `{"per-task heads": {task: vector}}`.
     shots, instruction, style
         How the prompts look; see `build_prompts`.
-    layers
-        Layers to try; default: every third.
+    layers, scales
+        Those to try; by default every third layer. Scale 1 is as much as the heads write.
+    n_valid
+        Prompts per task that choose layer and scale; fewer where the split has fewer.
+    n_prompts
+        Prompts per task that are scored; None for the whole split.
     folder
         Where to keep what is done, so that an interrupted run goes on there.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
     """
     suite = as_suite(tasks, answered=["valid", "test"])
     if missing := [name for name in suite if name not in vectors]:

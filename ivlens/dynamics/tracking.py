@@ -24,7 +24,24 @@ from ivlens.tasks.task import Task, same_input
 __all__ = ["compare", "track"]
 
 
-def compare(before: Any, after: Any, tasks: Any, heads: Sequence[Head] | HeadEffects, **options: Any) -> Change:
+def compare(
+    before: Any,
+    after: Any,
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    heads: Sequence[Head | tuple[int, int]] | HeadEffects,
+    *,
+    shots: int = 5,
+    instruction: bool | str | int = False,
+    style: str = "qa",
+    split: str = "test",
+    n_prompts: int | None = 100,
+    n_mean: int = 30,
+    n_effects: int = 8,
+    batch_size: int = 16,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Change:
     """Instruction vectors before and after training (IV §5): `track` with one checkpoint, effects located on both.
 
     Parameters
@@ -33,10 +50,12 @@ def compare(before: Any, after: Any, tasks: Any, heads: Sequence[Head] | HeadEff
         A model's name or folder, or a hooked model.
     after
         An adapter folder, a model's name or folder, or a hooked model.
-    options
-        Those of `track`.
+    tasks, heads, shots, instruction, style, split, n_prompts, n_mean, n_effects, batch_size, folder, seed, progress
+        As in `track`.
     """
-    return track([after], tasks, heads, model=before, **{"n_effects": 8, **options})
+    look = {"shots": shots, "instruction": instruction, "style": style, "split": split, "seed": seed}
+    amounts = {"n_prompts": n_prompts, "n_mean": n_mean, "n_effects": n_effects, "batch_size": batch_size}
+    return track([after], tasks, heads, model=before, **look, **amounts, folder=folder, progress=progress)
 
 
 def track(
@@ -66,18 +85,30 @@ def track(
     ----------
     checkpoints
         A folder of `fine_tune` (all its checkpoints), or a list of adapter folders, model names or folders, hooked models.
+    tasks
+        A task, a list of tasks, or tasks by name, such as `load_tasks` gives.
     heads
-        The instruction heads S, kept fixed; located on the base model.
+        The instruction heads S, kept fixed; located on the base model. Of `HeadEffects`, the ten best.
     model
         The base: a name or folder, or a hooked model (not with adapters).
-    shots, instruction, style, split
-        How the prompts look, and where those to answer come from; those behind the vectors are of the training split.
-    n_prompts, n_mean
-        Prompts per task to answer (None: the whole split), and behind each vector.
+    shots, instruction, style
+        How the prompts look; see `build_prompts`.
+    split
+        `train`, `valid` or `test`: where the prompts' queries come from. Those behind the vectors are of `train`.
+    n_prompts
+        Prompts per task to answer; None for the whole split.
+    n_mean
+        Prompts per task behind each vector.
     n_effects
-        Also sweep all heads on so many prompts per task, for the overlap of head sets; 0 for not.
+        Prompts per task on which all heads are swept too, for the overlap of head sets; 0 for not.
+    batch_size
+        Prompts per forward pass; halved where memory runs out.
     folder
         Where to keep every snapshot, so that an interrupted run goes on there.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
 
     Raises
     ------

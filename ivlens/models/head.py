@@ -10,6 +10,11 @@ __all__ = ["Head"]
 class Head(NamedTuple):
     """An attention head.
 
+    Attributes
+    ----------
+    layer, head
+        Its place, both counted from 0.
+
     Examples
     --------
     >>> str(Head(20, 5))

@@ -49,8 +49,16 @@ def load_model(
         A folder or hub id of a PEFT adapter to put on the model. The bridge runs it as it is; `HookedTransformer` merges it.
     tokenizer
         For model objects; taken from where the model came from if left out.
+    device
+        Such as `cpu` or `cuda:1`; default: the first GPU, else the CPU.
     dtype
         Default: float32 on a CPU, else the dtype the model was saved in.
+    device_map
+        As transformers takes it (`"auto"`): over several devices, instead of `device`.
+    revision
+        Of a hub id: branch, tag or commit.
+    trust_remote_code
+        Run code that comes with a model.
 
     Raises
     ------

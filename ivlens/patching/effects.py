@@ -38,6 +38,10 @@ class HeadEffects:
         The metric on the unpatched counterfactual prompts, [prompt].
     tasks
         Task of each prompt.
+    metric
+        What effects are measured in; see `locate_heads`.
+    metadata
+        Model and settings.
     queries
         What each prompt asks: prompts of one query count once in every statistic. Empty: each prompt is its own.
     """
@@ -61,7 +65,7 @@ class HeadEffects:
         return list(dict.fromkeys(self.tasks))
 
     def of(self, task: str) -> HeadEffects:
-        """The effects of one task's prompts."""
+        """The effects of the prompts of one `task`."""
         if task not in self.tasks:
             raise KeyError(f"no effects of task {task!r}; there are {', '.join(self.task_names)}")
         rows = [i for i, name in enumerate(self.tasks) if name == task]
@@ -71,23 +75,36 @@ class HeadEffects:
 
     # -- statistics -------------------------------------------------------------------------------------------------
     def mean(self, task: str | None = None) -> Float[Tensor, "layer head"]:
-        """Average indirect effect (AIE, IV §3): over prompts, then over tasks with equal weight."""
+        """Average indirect effect (AIE, IV §3): over prompts, then over tasks with equal weight, or of one `task`."""
         if task is not None:
             return self.of(task).values.mean(0)
         return torch.stack([self.of(name).values.mean(0) for name in self.task_names]).mean(0)
 
     def n_queries(self, task: str | None = None) -> int:
-        """Different queries behind the effects: what the statistics below are over."""
+        """Different queries behind the effects, or those of one `task`: what the statistics below are over."""
         return sum(len(set(queries)) for queries in self._groups(task)[1])
 
     def stderr(self, task: str | None = None) -> Float[Tensor, "layer head"]:
-        """Standard error of the mean over queries (tasks taken as fixed). NaN, with a warning, where a task has one query only."""
+        """Standard error of the mean over queries, of all tasks (taken as fixed) or one `task`. NaN, with a warning, where one has
+        one query only."""
         return torch.from_numpy(standard_error(*self._groups(task))).float()
 
     def interval(
         self, task: str | None = None, *, level: float = 0.95, n_bootstrap: int = 1000, seed: int = 0
     ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-        """Percentile bootstrap interval of the mean, resampling queries within each task."""
+        """Percentile bootstrap interval of the mean, resampling queries within each task.
+
+        Parameters
+        ----------
+        task
+            One task; None for all.
+        level
+            Share of the resampled means inside, 0 to 1.
+        n_bootstrap
+            Resamples.
+        seed
+            Of all that is drawn at random; global random states are left alone.
+        """
         ends = bootstrap_mean(*self._groups(task), level=level, n_bootstrap=n_bootstrap, seed=seed)
         return tuple(torch.from_numpy(end).float() for end in ends)
 
@@ -98,8 +115,14 @@ class HeadEffects:
 
         Parameters
         ----------
+        task
+            One task; None for all.
         corrected
             For the number of heads, by Benjamini and Hochberg: of the heads with p ≤ α, a share α is expected to have no effect.
+        n_flips
+            Random flips of all signs, where there are more than that.
+        seed
+            Of all that is drawn at random; global random states are left alone.
         """
         p = sign_flip(*self._groups(task), n_flips=n_flips, seed=seed)
         return torch.from_numpy(benjamini_hochberg(p) if corrected else p).float()
@@ -108,7 +131,19 @@ class HeadEffects:
         self, k: int = 10, task: str | None = None, *, n_bootstrap: int = 1000, seed: int = 0
     ) -> Float[Tensor, "layer head"]:
         """How often each head is among the k strongest when queries are resampled, 0 to 1; its mean over `top(k)` is the share of
-        the top k that resampling keeps. NaN where a task has one query only."""
+        the top k that resampling keeps. NaN where a task has one query only.
+
+        Parameters
+        ----------
+        k
+            How many heads count as strong.
+        task
+            One task; None for all.
+        n_bootstrap
+            Resamples.
+        seed
+            Of all that is drawn at random; global random states are left alone.
+        """
         means = torch.from_numpy(resampled_means(*self._groups(task), n_bootstrap=n_bootstrap, seed=seed))
         if means.isnan().any():
             return torch.full(means.shape[1:], torch.nan)
@@ -121,9 +156,9 @@ class HeadEffects:
         return [x.values.double().numpy() for x in parts], [x.queries or range(len(x.values)) for x in parts]
 
     def top(self, k: int = 10, task: str | None = None) -> list[Head]:
-        """The k heads with the highest average indirect effect: the instruction heads S, strongest first.
+        """The `k` heads with the highest average indirect effect: the instruction heads S, strongest first.
 
-        Universal (over all tasks) by default, or of one task.
+        Universal (over all tasks) by default, or of one `task`.
         """
         mean = self.mean(task)
         if not 1 <= k <= mean.numel():
@@ -133,8 +168,8 @@ class HeadEffects:
 
     # -- looking at it, keeping it ----------------------------------------------------------------------------------
     def to_dataframe(self, task: str | None = None) -> pd.DataFrame:
-        """One row per head, strongest first: mean, standard error, 95 % interval, p-value, the same corrected for the number of
-        heads (Benjamini and Hochberg), and `stability` among the ten strongest."""
+        """One row per head, strongest first, over all tasks or of one `task`: mean, standard error, 95 % interval, p-value, the same
+        corrected for the number of heads (Benjamini and Hochberg), and `stability` among the ten strongest."""
         low, high = self.interval(task)
         columns = {
             "aie": self.mean(task),
@@ -150,20 +185,20 @@ class HeadEffects:
         return frame.sort_values("aie", ascending=False, ignore_index=True)
 
     def plot(self, kind: str = "mean", *, task: str | None = None) -> go.Figure:
-        """Heatmap, layer × head: `mean`, `stderr`, or `tasks` for one map per task."""
+        """Heatmap, layer × head, by `kind`: `mean`, `stderr` (both over all tasks, or of one `task`), or `tasks` for one map per task."""
         from ivlens.plots import plot_effects
 
         return plot_effects(self, kind, task=task)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one `.safetensors` file."""
+        """Save to `path`, one `.safetensors` file."""
         names = {"tasks": list(self.tasks), "queries": list(self.queries)}
         about = {"kind": KIND, **names, "metric": self.metric, "metadata": self.metadata}
         return write_tensors(path, {"values": self.values, "baseline": self.baseline}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> HeadEffects:
-        """Load what `save` wrote."""
+        """Load from `path` what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
         names = {"tasks": tuple(about["tasks"]), "queries": tuple(about.get("queries", ()))}  # older files have none
         return cls(tensors["values"], tensors["baseline"], metric=about["metric"], metadata=about["metadata"], **names)

@@ -55,8 +55,12 @@ def locate_heads(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
+    tasks
+        A task, a list of tasks, or tasks by name, such as `load_tasks` gives.
     shots, instruction, style, template
-        How the stating prompts look; see `build_prompts`.
+        How the prompts look; see `build_prompts`. These are the stating ones.
     counterfactual
         How the instruction is destroyed: `shuffled_labels` (default with demonstrations), `no_instruction` (default without),
         `other_instruction`, `random_text`.
@@ -64,14 +68,22 @@ def locate_heads(
         See `head_effects`; default `probability`, and `log_probability` where answers are free. `logit_difference` takes another
         example's answer as the distractor.
     n_prompts
-        Counterfactual prompts per task. Those that come out like their original are left out, with a warning.
+        Prompts per task, counterfactual ones. Those that come out like their original are left out, with a warning.
     n_mean
         Prompts per task behind the mean head outputs (the code of the Function Vectors paper uses 100).
+    only_correct
+        Of these, count only those whose answer's first token the model ranks first.
     tries, max_new_tokens, answer_tokens
         Of tasks with a check, whose answers are the model's own: how many answers to try per prompt (one greedy, the others
         sampled) until one passes, how long they are, and how many of their first tokens effects are measured on.
+    method, max_rows
+        How heads are patched, and in how much memory; see `head_effects`.
     folder
         Where to keep what is done, so that an interrupted run goes on there.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
 
     Returns
     -------

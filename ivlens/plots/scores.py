@@ -15,7 +15,7 @@ from ivlens.plots.words import counted, escaped, plain, span, unit
 
 if TYPE_CHECKING:
     from ivlens.steering.evaluation import Evaluation
-    from ivlens.steering.tuning import InjectionSearch
+    from ivlens.steering.search import InjectionSearch
 
 __all__ = ["plot_balance", "plot_evaluation", "plot_search"]
 

@@ -110,12 +110,22 @@ def with_own_answers(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
+    task
+        Its examples need a check; their outputs are replaced.
     style, shots, instruction, template
-        How the model is asked; see `build_prompts`.
+        How the prompts look; see `build_prompts`.
     splits
         Which to answer; examples without an answer that passes are left out, and all of the other splits.
-    tries, max_new_tokens, folder
-        As in `own_answers`.
+    tries
+        Answers per prompt, until one passes: the greedy one, then samples.
+    max_new_tokens
+        How long answers may be, in tokens.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    folder
+        Where to keep the answers; None for nowhere.
 
     Raises
     ------

@@ -5,7 +5,8 @@ from ivlens.steering.evaluation import Evaluation, evaluate
 from ivlens.steering.gate import Gate, fit_gate
 from ivlens.steering.generate import Generations, generate
 from ivlens.steering.inject import inject
-from ivlens.steering.tuning import InjectionSearch, tune_injection
+from ivlens.steering.search import InjectionSearch
+from ivlens.steering.tuning import tune_injection
 
 __all__ = [
     "CONTROLS",

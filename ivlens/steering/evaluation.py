@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +13,15 @@ from tqdm.auto import tqdm
 from ivlens.common.statistics import bootstrap_mean, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
-from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
-from ivlens.running.decoding import complete
 from ivlens.running.injection import Injection
-from ivlens.running.scores import exact_match, rouge_l
-from ivlens.running.tokens import room_for, tokenize
 from ivlens.steering.compliance import Unsteered, balance_table, score_free, told_by
 from ivlens.steering.controls import CONTROLS, with_controls
 from ivlens.steering.generate import Generations
-from ivlens.tasks.prompts import Prompt, build_prompts, common_stop
+from ivlens.steering.scoring import Condition, score_right
+from ivlens.tasks.prompts import build_prompts
 from ivlens.tasks.suite import as_suite
-from ivlens.tasks.task import Task, same_input
+from ivlens.tasks.task import Task
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
@@ -38,7 +34,6 @@ FREE = ("met", "met_loose", "topic", "surprise")
 METRICS = (*GOLD, *FREE)
 BINARY = ("first_token", "exact_match", "met", "met_loose")
 BASELINE = "no vector"  # nor, where answers are free, an instruction
-Condition = tuple[str, int]  # its name, and which draw of a random control
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,18 @@ class Evaluation:
         return balance_table(self.scores[self.scores["met"].notna()])
 
     def answers(self, task: str | None = None) -> Generations:
-        """What was written, side by side: one row per prompt, one column per condition (of random controls, the first draw)."""
+        """What was written, side by side: one row per prompt, one column per condition (of random controls, the first draw).
+
+        `task`: which; default: the first."""
         some = self.scores[(self.scores["task"] == (task or self.task_names[0])) & (self.scores["draw"] == 0)]
         table = some.pivot(index="prompt", columns="condition", values="text")
         asked = some.drop_duplicates("prompt").set_index("prompt")["input"][table.index].tolist()
         return Generations(asked, {name: table[name].tolist() for name in self.conditions if name in table})
 
     def gains(self, metric: str | None = None) -> pd.DataFrame:
-        """Each condition minus no vector, prompt by prompt, per task and on average (95 % paired bootstrap over queries)."""
+        """Each condition minus no vector, prompt by prompt, per task and on average (95 % paired bootstrap over queries).
+
+        `metric`: one of `metrics`; default: the first."""
         metric = metric or self.metrics[0]
         if metric not in self.metrics:
             raise ValueError(f"metric={metric!r} was not measured; there are {', '.join(self.metrics)}")
@@ -131,18 +130,18 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def plot(self, metric: str | None = None) -> go.Figure:
-        """Bars per task: every condition with its interval; by default of the first metric. `balance`: of free answers, its parts."""
+        """Bars per task: every condition with its interval; by default of the first `metric`. `balance`: of free answers, its parts."""
         from ivlens.plots import plot_evaluation
 
         return plot_evaluation(self, metric)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one JSON file."""
+        """Save to `path`, one JSON file."""
         return write_json(path, "evaluation", {"metadata": self.metadata, "scores": self.scores.to_dict("records")})
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Load what `save` wrote."""
+        """Load from `path` what `save` wrote."""
         content = read_json(path, "evaluation")
         return cls(pd.DataFrame(content["scores"]), content["metadata"])
 
@@ -192,9 +191,21 @@ def evaluate(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
+    tasks
+        A task, a list of tasks, or tasks by name, such as `load_tasks` gives.
     vectors
         One vector for all tasks, or one per task; layer and scale are the vector's own unless given (choose them on the
         validation split with `tune_injection`).
+    shots, instruction, style, template
+        How the prompts look; see `build_prompts`.
+    split
+        `train`, `valid` or `test`: where the prompts' queries come from.
+    n_prompts
+        Prompts per task; None for the whole split.
+    layer, scale, positions, mode, how
+        As in `inject`.
     controls
         Beside the vector: `random vector` (same norm), `random heads` (as many others' shares), `other task` (the next
         task's vector), all at the vector's layer and scale. `()` for none.
@@ -207,9 +218,15 @@ def evaluate(
         answer, `probability` of the whole answer. Of free answers always `met` and `met_loose` (the constraint), `topic` and
         `surprise` (nats per token; see `compliance`).
     max_new_tokens
-        How long free answers may be.
+        How long free answers may be, in tokens.
     reference
         Of free answers: the model whose answers are the content, and which is surprised; None for the model itself.
+    batch_size
+        Prompts per forward pass; halved where memory runs out.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
 
     Notes
     -----
@@ -260,36 +277,9 @@ def evaluate(
                 asked.append((reference_shots, {(f"{reference_shots} demonstrations", 0): None}))
             for n_shots, some in asked:
                 prompts = build_prompts(task, n=n_prompts, shots=n_shots, **look)
-                rows += _score(backend, task, prompts, some, gold, batch_size)
+                rows += score_right(backend, task, prompts, some, gold, batch_size)
             bar.update()
     about = {"model": backend.name, "shots": shots, **look, **options}
     if True in kinds:
         about |= {"max_new_tokens": max_new_tokens, "reference": backend_of(reference or model).name}
     return Evaluation(pd.DataFrame(rows), about)
-
-
-def _score(
-    backend: Backend,
-    task: Task,
-    prompts: Sequence[Prompt],
-    conditions: Mapping[Condition, Injection | None],
-    metrics: Sequence[str],
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    tokenized = tokenize(backend, prompts)
-    generated = "exact_match" in metrics or "rouge_l" in metrics
-    room = room_for(backend, prompts, tokenized) if generated else None
-    options = {"max_new_tokens": room, "stop": common_stop(prompts), "batch_size": batch_size}
-    done = complete(backend, tokenized, conditions, **options)
-    rows = []
-    for (condition, draw), result in done.items():
-        for i, prompt in enumerate(prompts):
-            query, text = prompt.query, result.texts[i].strip()
-            values = {"first_token": result.first_token[i], "probability": math.exp(result.log_probability[i])}
-            if generated:
-                values["exact_match"] = exact_match(backend.tokenizer, text, query.answers)
-                values["rouge_l"] = rouge_l(text, query.answers) if "rouge_l" in metrics else 0.0
-            row = {"task": task.name, "condition": condition, "draw": draw, "prompt": i}
-            row |= {metric: values[metric] for metric in metrics}
-            rows.append(row | {"query": same_input(query), "input": query.input, "answer": query.output, "text": text})
-    return rows

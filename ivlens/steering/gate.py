@@ -32,6 +32,8 @@ class Gate:
         c, [d_model]: the mean of prompts that want the vector minus that of prompts that don't.
     center
         r̄, [d_model]: halfway between these means.
+    layer
+        After which r is read.
     threshold
         τ, −1 to 1.
     metadata
@@ -45,26 +47,26 @@ class Gate:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def scores(self, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
-        """The cosine of each row with the direction."""
+        """cos(r − r̄, c) of each row of `resid`."""
         away = resid.float() - self.center.to(resid.device).float()
         return torch.nn.functional.cosine_similarity(away, self.direction.to(resid.device).float()[None], dim=-1)
 
     def opens(self, resid: Float[Tensor, "row d_model"]) -> Bool[Tensor, " row"]:
-        """For which rows it opens."""
+        """For which rows of `resid` it opens."""
         return self.scores(resid) > self.threshold
 
     def on(self, model: Any, prompts: Sequence[Prompt | str]) -> list[bool]:
-        """For which prompts it opens."""
+        """For which of `prompts` it opens on `model`."""
         return self.opens(_residuals(model, prompts)[:, self.layer]).tolist()
 
     def save(self, path: str | Path) -> Path:
-        """Save to one `.safetensors` file."""
+        """Save to `path`, one `.safetensors` file."""
         about = {"kind": KIND, "layer": self.layer, "threshold": self.threshold, "metadata": self.metadata}
         return write_tensors(path, {"direction": self.direction, "center": self.center}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Gate:
-        """Load what `save` wrote."""
+        """Load from `path` what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
         return cls(**tensors, **{k: about[k] for k in ("layer", "threshold", "metadata")})
 
@@ -86,6 +88,8 @@ def fit_gate(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
     wanted, unwanted
         Prompts that the vector should act on, and prompts that it should leave alone.
     valid

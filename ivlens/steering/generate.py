@@ -73,6 +73,8 @@ def generate(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
     prompts
         Texts, prompts, or token numbers (1-D tensors).
     vector, layer, scale, positions, mode, how, when
@@ -82,6 +84,8 @@ def generate(
     stop
         Text that ends a continuation (after something has been said); None for none but the end-of-text token. Default: a line's
         end, or none where an answer may have several lines.
+    batch_size
+        Prompts per forward pass; halved where memory runs out.
 
     Notes
     -----

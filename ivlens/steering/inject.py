@@ -36,6 +36,8 @@ def inject(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
     vector
         An `InstructionVector`, or a tensor [d_model], or [batch d_model] for one vector per row; or several vectors, each with its
         own layer and scale.
@@ -49,7 +51,6 @@ def inject(
         vector's own (`generated` for instructions on the form of an answer), else `last`.
     mode
         `sum`: the vector at one layer. `heads`: each head's share after its own layer (our choice of arXiv 2606.05079's idea).
-
     how
         `add`, or `set`: r ← r + (scale · m̄ − ⟨r, u⟩) u, with u the vector's direction and m̄ the mean projection on it of prompts that
         state the task (arXiv 2410.12877). Default: the vector's own, else `add`.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
@@ -19,76 +17,15 @@ from ivlens.running.injection import Injection
 from ivlens.running.tokens import tokenize
 from ivlens.steering.compliance import Unsteered, balance, check_told, told_by, written
 from ivlens.steering.controls import random_vector
+from ivlens.steering.search import InjectionSearch
 from ivlens.tasks.checks import passes
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
 from ivlens.vectors.vector import InstructionVector
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-__all__ = ["InjectionSearch", "layers_tried", "tune_injection"]
+__all__ = ["layers_tried", "tune_injection"]
 
 SCALES_OF_FREE = {"last": (1.0, 2.0, 4.0), **dict.fromkeys(("generated", "all"), (0.5, 0.75, 1.0, 1.5, 2.0))}
-
-
-@dataclass(frozen=True)
-class InjectionSearch:
-    """Accuracy (greedy decoding gives the answer) for every layer and scale, with the vector and with a random one of the same norm.
-
-    Of free answers, in accuracy's place, the harmonic mean of constraint met, on topic and fluent; the random one at the best only.
-
-    Attributes
-    ----------
-    accuracy, control
-        [layer scale], of the vector and of the random vector.
-    baseline
-        Accuracy with nothing injected.
-    goal
-        `induce` (highest accuracy wins) or `suppress` (largest drop below the random vector's wins).
-    """
-
-    vector: InstructionVector
-    accuracy: Float[Tensor, "layer scale"]
-    control: Float[Tensor, "layer scale"]
-    baseline: float
-    layers: tuple[int, ...]
-    scales: tuple[float, ...]
-    n: int
-    goal: str = "induce"
-    candidates: tuple[InstructionVector, ...] = ()  # one for each layer, where vectors are made for one
-    measure: str = "accuracy"  # or, of free answers, "balance"
-    others: tuple[InjectionSearch, ...] = ()  # of free answers, at other positions, where the best came out lower
-
-    @property
-    def positions(self) -> str | None:
-        """Where the vector was added, of free answers; else it is the last prompt token."""
-        return self.vector.metadata["positions"] if self.measure == "balance" else None
-
-    @property
-    def best(self) -> InstructionVector:
-        """The vector with the winning layer and scale set. Ties go to the smaller scale, then the lower layer."""
-        score = self.accuracy if self.goal == "induce" else self.control - self.accuracy
-        places = product(range(len(self.layers)), range(len(self.scales)))
-        layer, scale = min(places, key=lambda at: (-round(score[at].item(), 6), abs(self.scales[at[1]]), at[0]))
-        vector = self.candidates[layer] if self.candidates else self.vector
-        return replace(vector, layer=self.layers[layer], scale=self.scales[scale])
-
-    def plot(self) -> go.Figure:
-        """Heatmap, scale × layer."""
-        from ivlens.plots import plot_search
-
-        return plot_search(self)
-
-    def __repr__(self) -> str:
-        best, of = self.best, "balance " * (self.measure == "balance")
-        at = (self.layers.index(best.layer), self.scales.index(best.scale))
-        where, *others = (f", positions {x.positions}" if x.positions else "" for x in (self, *self.others))
-        beside = "".join(f"{other}: {x.accuracy.max():.0%}" for other, x in zip(others, self.others))
-        return (
-            f"InjectionSearch({self.vector.name}, {self.n} prompts: {of}{self.baseline:.0%} → {self.accuracy[at]:.0%} at layer "
-            f"{best.layer}, scale {best.scale:g}{where}; random vector there {self.control[at]:.0%}{beside})"
-        )
 
 
 def tune_injection(
@@ -119,6 +56,10 @@ def tune_injection(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
+    task
+        The one that the vector is for.
     vector
         One, or several of which each is tried at its own layer (residual differences), whatever `layers` says.
     layers, scales
@@ -129,12 +70,22 @@ def tune_injection(
         `induce` the skill in prompts that don't ask for it, or `suppress` it in prompts that do.
     shots, instruction, style, template
         How the prompts look; see `build_prompts`. Of free answers, `instruction` is that of the told ones beside bare questions.
+    n_prompts
+        Prompts per task; None for the whole split.
+    split
+        `train`, `valid` or `test`: where the prompts' queries come from.
+    method, max_rows
+        How layers and scales are tried, and in how much memory; see `head_effects`.
     positions
         Of free answers, where the vector is added, as in `inject`. Default: both while the answer is generated and at the last prompt
         token only, of which the better is kept with the vector: what is decided word by word (a language) needs the former, what
         is decided as the answer begins (a title) the latter.
     how, max_new_tokens
-        Of free answers: as in `inject`, kept with the best vector; and how long answers may be.
+        Of free answers: as in `inject`, kept with the best vector; and how long answers may be, in tokens.
+    batch_size
+        Prompts per forward pass; halved where memory runs out. Of free answers.
+    seed
+        Of all that is drawn at random; global random states are left alone.
     """
     if task.is_checked:
         if (goal, method, max_rows) != ("induce", "auto", None):

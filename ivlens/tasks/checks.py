@@ -24,7 +24,7 @@ CHECKS: dict[str, Verifier] = {}
 
 
 def register_check(name: str) -> Callable[[Verifier], Verifier]:
-    """Make a function of an answer's text (and of the argument after the colon, if it takes one) a check of this name.
+    """Make a function of an answer's text (and of the argument after the colon, if it takes one) the check called `name`.
 
     Examples
     --------
@@ -74,6 +74,10 @@ def passes(check: str, text: str, *, loose: bool = False) -> bool:
 
     Parameters
     ----------
+    check
+        Its name, with its argument after a colon, such as `language: es`.
+    text
+        The answer.
     loose
         Also count it where it meets the check without its first or last line, or without asterisks (IFEval, arXiv 2311.07911 §2.2);
         JSON that is cut off, once what is open is closed.

@@ -19,11 +19,21 @@ SPLITS = ("train", "valid", "test")
 class Example:
     """An input and the output expected for it.
 
-    `question` and `content` belong to tasks whose output is a form of the real answer, such as multiple choice: the
-    question asked plainly, and the answer's text where `output` is its letter. `choices` are the options' texts, of which
-    `output` is one: such examples are scored by which option is likeliest. `outputs` are all right answers where there are
-    several, any of which counts. `instruction` is the example's own, where instructions differ from example to example.
-    `check` names the verifier of a free answer's form (`tasks.checks`); such examples need no output.
+    Attributes
+    ----------
+    input, output
+        What is asked, and the right answer, shown and trained on; of free answers it may be empty.
+    question, content
+        Of tasks whose output is a form of the real answer, such as multiple choice: the question asked plainly, and the answer's
+        text where `output` is its letter.
+    choices
+        The options' texts, of which `output` is one: such examples are scored by which option is likeliest.
+    outputs
+        All right answers where there are several, any of which counts.
+    instruction
+        The example's own, where instructions differ from example to example.
+    check
+        The verifier of a free answer's form, by name (`tasks.checks`).
     """
 
     input: str

@@ -52,7 +52,7 @@ class Prompt:
         return f" {self.query.output}" if self.style == "qa" and self.query.output else self.query.output
 
     def render(self, tokenizer: Any = None) -> str:
-        """The prompt as text, up to where the answer begins.
+        """The prompt as text, up to where the answer begins; style `chat` needs the `tokenizer`, for its template.
 
         Examples
         --------
@@ -69,14 +69,14 @@ class Prompt:
         return "\n\n".join([*head, *shown, f"{self.query.input}\n"])
 
     def answered(self, tokenizer: Any) -> tuple[str, str]:
-        """The answer as it continues the rendered prompt, and what ends it (nothing but in style `chat`)."""
+        """The answer as it continues the rendered prompt, and what ends it (in style `chat`, by the template of `tokenizer`)."""
         if self.style != "chat":
             return self.answer, ""
         _, lead, end = chat_parts(tokenizer, self._turns(), dict(self.template))
         return (lead + self.query.output if self.query.output else ""), end
 
     def mapped(self, change: Callable[[str], str]) -> Prompt:
-        """With its texts that come from data changed."""
+        """With `change` done to each of its texts that come from data."""
 
         def changed(x: Example) -> Example:
             return replace(x, input=change(x.input), output=change(x.output))
@@ -120,15 +120,25 @@ def build_prompts(
 
     Parameters
     ----------
+    task
+        Its training split must have more examples than `shots`.
     n
         How many; None takes every example of the split once. More than there are reuses queries with new demonstrations, with a
         warning.
+    shots
+        Demonstrations before each query.
     instruction
         False for the bare query, True for a paraphrase drawn per prompt (on the test split of those held out, if there are any),
         a number for that paraphrase, or your own text. Examples with an instruction of their own keep it.
+    style
+        `qa` ("Q: …\\nA: …"), `plain` (lines only) or `chat` (the tokenizer's own template).
+    split
+        `train`, `valid` or `test`: where the prompts' queries come from.
     template
         In style `chat`: `system` (a system prompt), `date` (default 2025-01-01), and what the tokenizer's template takes, such as
         `enable_thinking` (default False where it knows that).
+    seed
+        Of all that is drawn at random; global random states are left alone.
     repeat
         Queries may repeat without a word: for training, and for means.
 

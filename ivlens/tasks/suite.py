@@ -22,6 +22,11 @@ DATA = files("ivlens.tasks") / "data"
 class TaskSuite(Mapping[str, Task]):
     """Tasks by name. Iterates over names, prints as a table.
 
+    Parameters
+    ----------
+    tasks
+        With names that differ.
+
     Examples
     --------
     >>> load_tasks(["antonym", "present_past"]).names
@@ -50,7 +55,7 @@ class TaskSuite(Mapping[str, Task]):
         return len(self._tasks)
 
     def subset(self, names: Iterable[str]) -> TaskSuite:
-        """The named tasks, in the order given."""
+        """The tasks called `names`, in that order."""
         return TaskSuite([self[name] for name in names])
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -91,6 +96,8 @@ def load_tasks(names: str | Iterable[str] | None = None, *, group: str | None = 
 
     Parameters
     ----------
+    names
+        One or several.
     group
         `formats`: instructions on the form of a free answer, each with a verifier, over the same questions. Others: `morphology`,
         `knowledge`, `text`, `reasoning`, `translation`, `classification`, `choice`, `lists`.

@@ -30,6 +30,19 @@ SPLIT_ALIASES = {"validation": "valid", "dev": "valid"}
 class Task:
     """A task with its instruction in several wordings.
 
+    Attributes
+    ----------
+    name
+        By which suites and results know it.
+    instructions
+        Wordings of what to do, one or more.
+    train, valid, test
+        Examples to demonstrate, train on and locate with; to choose settings by; to score.
+    group, description
+        For tables.
+    held_out
+        Further wordings, which only the test split is asked with.
+
     Examples
     --------
     >>> records = [{"input": f"{n} + 1", "output": str(n + 1)} for n in range(40)]
@@ -45,7 +58,7 @@ class Task:
     test: tuple[Example, ...]
     group: str = "own"
     description: str = ""
-    held_out: tuple[str, ...] = ()  # wordings of the instruction that only the test split is asked with
+    held_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", re.sub(r"[/\\\0]", "_", self.name))  # names become folders
@@ -55,7 +68,7 @@ class Task:
             raise ValueError(f"task {self.name!r} has no instruction; give at least one sentence that says what to do")
 
     def split(self, name: str) -> tuple[Example, ...]:
-        """The examples of `train`, `valid` or `test`."""
+        """The examples of the split called `name`: `train`, `valid` or `test`."""
         if name not in SPLITS:
             raise ValueError(f"split={name!r} is unknown; choose one of {', '.join(SPLITS)}")
         return getattr(self, name)
@@ -91,6 +104,10 @@ class Task:
 
         Parameters
         ----------
+        records
+            One per example; every cell a text, as it is written.
+        name
+            By which suites and results know the task.
         instruction
             What to do, in one wording or several; None takes the records' own (key `instruction`).
         columns
@@ -101,6 +118,8 @@ class Task:
             One verifier for all records, such as `bullets` or `language: es`; see `tasks.checks.CHECKS`.
         held_out
             Further wordings of the instruction, which only the test split is asked with.
+        group, description
+            For tables.
 
         Notes
         -----
@@ -160,7 +179,17 @@ class Task:
         columns: Mapping[str, str] | None = None,
         check: str | None = None,
     ) -> Task:
-        """A task from a file, a record in each row, every cell as it is written; see `tasks.files.read_rows`."""
+        """A task from a file, a record in each row, every cell as it is written; see `tasks.files.read_rows`.
+
+        Parameters
+        ----------
+        path
+            A `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` file, also gzipped.
+        name
+            By which suites and results know the task; default: the file's.
+        instruction, columns, check
+            As in `from_records`.
+        """
         path = Path(path)
         rows, stem = read_rows(path), path.name.removesuffix(".gz").rsplit(".", 1)[0]
         return cls.from_records(rows, name=name or stem, instruction=instruction, columns=columns, check=check)
@@ -175,7 +204,15 @@ class Task:
         columns: Mapping[str, str] | None = None,
         check: str | None = None,
     ) -> Task:
-        """A task from a `datasets.Dataset`, or a `DatasetDict` whose splits (train, validation, test) are kept."""
+        """A task from a `datasets.Dataset`, or a `DatasetDict` whose splits (train, validation, test) are kept.
+
+        Parameters
+        ----------
+        dataset
+            Class labels become their names.
+        name, instruction, columns, check
+            As in `from_records`.
+        """
         if isinstance(dataset, Mapping):
             records = [{**row, "split": split} for split, rows in dataset.items() for row in _labelled(rows)]
             columns = {**(columns or {}), "split": "split"}

@@ -74,6 +74,8 @@ def fine_tune(
     ----------
     model
         A name or folder as for `load_model`, or a Hugging Face model (which is then trained in place).
+    tasks
+        A task, a list of tasks, or tasks by name, such as `load_tasks` gives.
     folder
         Where everything goes. Called again with the same settings, an interrupted run goes on from its last checkpoint,
         and a finished one is returned as it is.
@@ -84,6 +86,10 @@ def fine_tune(
         The instruction vector of every task, for guided methods (see `IVTrainer`).
     previous
         The run this one goes on from, on the same base model: its adapter, and what its method keeps.
+    steps, batch_size
+        Optimizer steps, and rows in each, per process and accumulated part.
+    learning_rate
+        Constant unless `lr_scheduler_type` is given.
     lora
         True for rank 8, alpha 16, dropout 0.1 on the query and value projections (as in the code of arXiv 2502.11019), a
         peft config of your own, or False to train every weight.
@@ -93,9 +99,15 @@ def fine_tune(
         `skip` leaves out rows that are longer than the context, with a warning that counts them.
     save_every
         Keep a checkpoint every so many steps; None for the final one only.
+    tokenizer
+        Of a model that is passed as an object; default: from where it came from.
     dtype
         Of the model's weights; adapters are trained in float32 whatever it is. With bfloat16 a step takes half the time or
         less, and half the memory.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
     arguments
         More of `transformers.TrainingArguments`: `bf16=True`, `gradient_accumulation_steps=4`, …
 

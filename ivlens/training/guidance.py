@@ -140,13 +140,13 @@ class Guidance:
         return bool(self.heads_weight) or any(term.weight for term in self.kl)
 
     def check_data(self, columns: Sequence[str]) -> None:
-        """Raise ValueError where the teacher is to be shown demonstrations and the data have none for it."""
+        """Raise ValueError where the teacher is to be shown demonstrations and the data's `columns` have none for it."""
         if self.shots and "teacher_ids" not in columns:
             there = f"shots={self.shots}, but the data hold no prompts for the teacher"
             raise ValueError(f"{there}; build them with answer_dataset(..., teacher=[...]), or use fine_tune")
 
     def strength(self, step: int, steps: int) -> float:
-        """α at a step of so many.
+        """α at `step`, from 0, of so many `steps`.
 
         Examples
         --------

@@ -35,6 +35,10 @@ class TrainingRun:
 
     Attributes
     ----------
+    folder
+        Where everything of it lies.
+    settings
+        What it was trained with: `base`, `tasks`, `method`, `steps`, `batch_size`, …
     log
         One entry per logged step: `step`, `loss` (mean over answer tokens, nats), `learning_rate`, …
     cost
@@ -60,7 +64,7 @@ class TrainingRun:
 
     @classmethod
     def load(cls, folder: str | Path) -> TrainingRun:
-        """A finished run from its folder."""
+        """A finished run from its `folder`."""
         folder = Path(folder)
         if not (folder / LOG).is_file():
             raise FileNotFoundError(

@@ -54,6 +54,10 @@ class IVTrainer(Trainer):
         training and kept in the output folder; `"full"` keeps them all, None runs the teacher in every step.
     teacher_budget
         Gigabytes, in memory and on disk each, that what is kept may take; fewer tokens are kept where more would.
+    processing_class
+        The model's tokenizer.
+    arguments
+        More of `transformers.Trainer`: `args`, `eval_dataset`, `callbacks`, …
 
     Notes
     -----
@@ -227,8 +231,6 @@ class IVTrainer(Trainer):
         exact = _inner(model).dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         return bool(away <= (EXACT if exact else CLOSE))
 
-    # -- the teacher --------------------------------------------------------------------------------------------------------
-
     def _taught(self, model: Any, batch: Batch) -> tuple[TopK | Tensor | None, Tensor | None]:
         if not self.guidance.needs_teacher:
             return None, None
@@ -275,8 +277,6 @@ class IVTrainer(Trainer):
             kept = keep_teacher(len(rows[0]), teach, k=k, temperature=heat, path=path, **options)
         self.teacher_seconds = time.perf_counter() - start
         return kept
-
-    # -- logging ------------------------------------------------------------------------------------------------------------
 
     def _note(self, terms: Mapping[str, Tensor | float]) -> None:
         """For the log: the losses of accumulated parts add up to those of a step, as in the Trainer's."""

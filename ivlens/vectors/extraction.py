@@ -87,6 +87,8 @@ def extract_vector(
 
     Parameters
     ----------
+    model
+        A hooked model, such as `load_model` gives.
     task
         A task (training split), or your own list of `Prompt`.
     heads
@@ -99,7 +101,15 @@ def extract_vector(
     shots, instruction, style, template
         How the prompts look; see `build_prompts`.
     n_prompts
-        How many prompts the mean is taken over.
+        Prompts per task, over which the mean is taken.
+    only_correct
+        Count only prompts whose answer's first token the model ranks first.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    batch_size
+        Prompts per forward pass; halved where memory runs out.
+    progress
+        Show a progress bar.
     """
     if way not in WAYS:
         raise ValueError(f"way={way!r} is unknown; choose one of {', '.join(WAYS)}")

@@ -106,7 +106,7 @@ class InstructionVector:
         return self.vector.norm().item()
 
     def cosine(self, other: InstructionVector | Tensor) -> float:
-        """Cosine similarity with another vector of the same width."""
+        """Cosine similarity with `other`, a vector of the same width."""
         theirs = other.vector if isinstance(other, InstructionVector) else other
         if theirs.shape != self.vector.shape:
             expected = f"expected a vector of width {self.d_model}, got shape {tuple(theirs.shape)}"
@@ -114,7 +114,7 @@ class InstructionVector:
         return torch.nn.functional.cosine_similarity(self.vector, theirs.to(self.vector), dim=0).item()
 
     def check_model(self, model: Any) -> None:
-        """Raise ValueError if this is a vector of a model of another shape."""
+        """Raise ValueError if this is a vector of a model of another shape than `model`."""
         backend = backend_of(model)
         mine = self.metadata.get("signature")
         wrong = ""
@@ -190,7 +190,13 @@ class InstructionVector:
         how: str | None = None,
         when: Any = None,
     ) -> AbstractContextManager:
-        """Inject (or, with a negative scale, subtract) the vector while the context lasts; see `steering.inject`."""
+        """Inject (or, with a negative scale, subtract) the vector while the context lasts.
+
+        Parameters
+        ----------
+        model, layer, scale, positions, mode, how, when
+            As in `ivlens.inject`.
+        """
         options = {"layer": layer, "scale": scale, "positions": positions, "mode": mode, "how": how, "when": when}
         return injected(model, Injection.of(backend_of(model), self, **options))
 
@@ -202,12 +208,12 @@ class InstructionVector:
 
     # -- files and the hub ------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
-        """Save to a folder: `vector.safetensors` with the numbers and `vector.json` to read."""
+        """Save to `path`, a folder: `vector.safetensors` with the numbers and `vector.json` to read."""
         return write_vector(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> InstructionVector:
-        """Load from a folder that `save` wrote (or its safetensors file).
+        """Load from `path`, a folder that `save` wrote (or its safetensors file).
 
         Layer and scale are those in `vector.json`, which may be edited by hand; nothing else in it counts.
 
@@ -218,8 +224,20 @@ class InstructionVector:
         """
         return cls(**read_vector(path))
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **kwargs: Any) -> str:
-        """Upload to a Hugging Face repository and return its address. Checked by loading it back before upload."""
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **upload: Any) -> str:
+        """Upload to a Hugging Face repository and return its address. Checked by loading it back before upload.
+
+        Parameters
+        ----------
+        repo_id
+            Such as `you/past-tense-iv`; made where it doesn't exist.
+        private
+            Make it for yourself alone.
+        token
+            Of the hub; default: the one logged in with.
+        upload
+            More of `huggingface_hub.upload_folder`: `commit_message`, `revision`, `create_pr`, …
+        """
         import tempfile
 
         import huggingface_hub
@@ -229,13 +247,23 @@ class InstructionVector:
             type(self).load(folder)
             (Path(folder) / "README.md").write_text(describe(self), encoding="utf-8")
             huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
-            return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **kwargs))
+            return str(huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token, **upload))
 
     @classmethod
     def from_pretrained(
         cls, repo_id: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> InstructionVector:
-        """Download from a Hugging Face repository, or load from a local folder."""
+        """Download from a Hugging Face repository, or load from a local folder.
+
+        Parameters
+        ----------
+        repo_id
+            Such as `you/past-tense-iv`, or a path.
+        revision
+            Branch, tag or commit.
+        token
+            Of the hub, where the repository is private; default: the one logged in with.
+        """
         if Path(repo_id).exists():
             return cls.load(repo_id)
         import huggingface_hub
