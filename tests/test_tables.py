@@ -1,8 +1,9 @@
-"""Result objects as tables of a notebook."""
+"""Result objects as tables of a notebook, and looking into them by the names that they show."""
 
 import html
 
 import pandas as pd
+import pytest
 
 import ivlens as ivl
 from ivlens.common.tables import table_html
@@ -41,3 +42,29 @@ def test_answers_keep_their_lines_and_show_no_markup():
     shown = ivl.load_tasks(group="formats").to_dataframe()
     assert "output" not in shown and shown["check"]["spanish"] == "language: es"
     assert "check" not in ivl.load_tasks().to_dataframe()
+
+
+def test_conditions_may_be_typed_in_ascii():
+    shown = Generations(["a"], {"no vector": ["n"], "+ vector": ["p"], "− vector": ["m"]})
+    for name, text in {"− vector": "m", "- vector": "m", "-vector": "m", "+vector": "p", "no vector": "n"}.items():
+        assert shown[name] == [text]
+    with pytest.raises(KeyError, match="condition '− vectr' is unknown; did you mean '− vector'"):
+        shown["− vectr"]
+    both = Generations(["a"], {"- x": ["own"], "− x": ["other"]})
+    assert both["- x"] == ["own"] and both["− x"] == ["other"]
+    with pytest.raises(KeyError, match="condition '-x' is one of"):
+        both["-x"]
+
+
+def test_rows_of_a_condition_may_be_asked_for_in_ascii():
+    rows = [
+        {"task": "t", "condition": c, "draw": 0, "prompt": 0, "query": "q", "met": 1.0}
+        for c in ("told", "told − vector")
+    ]
+    found = ivl.Evaluation(pd.DataFrame(rows))
+    assert found["told - vector"].index.tolist() == found["told − vector"].index.tolist() == [1]
+    hits = pd.DataFrame([{"condition": c, "prompt": 0, "hit": 1.0} for c in ("old vector", "old − new vector")])
+    back = ivl.Recovery(hits, pd.DataFrame())
+    assert back["old - new vector"].index.tolist() == [1] and back["old vector"].index.tolist() == [0]
+    with pytest.raises(KeyError, match=r"condition 'new vector' is unknown; did you mean .*'old vector'"):
+        back["new vector"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ivlens.common.hints import typed
 from ivlens.common.statistics import bootstrap_share, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
@@ -50,6 +51,10 @@ class Recovery:
     @property
     def conditions(self) -> list[str]:
         return list(dict.fromkeys(self.scores["condition"]))
+
+    def __getitem__(self, condition: str) -> pd.DataFrame:
+        """The rows of `scores` of a condition, which may be typed in ASCII: `"old - new vector"` for `"old − new vector"`."""
+        return self.scores[self.scores["condition"] == typed(condition, self.conditions, "condition")]
 
     def lost(self, least: float = 0.05) -> list[tuple[str, str]]:
         """(checkpoint, task) where accuracy on the validation split fell by `least` (a share of 1) or more: where there is something to

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ivlens.common.hints import typed
 from ivlens.common.statistics import bootstrap_mean, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
@@ -67,6 +68,10 @@ class Evaluation:
     @property
     def metrics(self) -> list[str]:
         return [m for m in METRICS if m in self.scores]
+
+    def __getitem__(self, condition: str) -> pd.DataFrame:
+        """The rows of `scores` of a condition, which may be typed in ASCII: `"told - vector"` for `"told − vector"`."""
+        return self.scores[self.scores["condition"] == typed(condition, self.conditions, "condition")]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per task, condition and metric: mean, 95 % interval (Wilson for hits, else bootstrap) and n, how many queries."""

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from ivlens.common.hints import typed
 from ivlens.common.tables import table_html
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
@@ -41,7 +42,8 @@ class Generations:
     texts: dict[str, list[str]]
 
     def __getitem__(self, condition: str) -> list[str]:
-        return self.texts[condition]
+        """The texts of a condition, which may be typed in ASCII: `"-vector"` for `"− vector"`."""
+        return self.texts[typed(condition, self.texts, "condition")]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt, one column per condition."""
