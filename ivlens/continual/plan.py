@@ -53,7 +53,7 @@ class Plan:
         return f"Plan(about {self.minutes:.0f} minutes: {parts}; {longer})\n{table}"
 
     def _repr_html_(self) -> str:
-        return table_html(self.stages, index=False)
+        return table_html(self.stages, title=repr(self).splitlines()[0], index=False)
 
 
 def plan(experiment: Experiment) -> Plan:

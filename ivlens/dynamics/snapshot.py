@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.common.tables import table_html
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
@@ -24,6 +26,7 @@ from ivlens.vectors.vector import InstructionVector
 __all__ = ["Snapshot", "TaskPrompts", "take_snapshot"]
 
 KIND = "snapshot"
+MEASURED = ("hidden", "accuracy", "log_probability")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Snapshot:
         tensors: dict[str, Tensor] = {}
         for task, vector in self.vectors.items():
             tensors[f"{task}/shares"] = vector.shares
-            for name in ("hidden", "accuracy", "log_probability"):
+            for name in MEASURED:
                 tensors[f"{task}/{name}"] = getattr(self, name)[task]
         about: dict[str, Any] = {"kind": KIND, "label": self.label, "step": self.step, "distance": self.distance}
         about |= {"tasks": self.task_names, "vectors": {task: v.metadata for task, v in self.vectors.items()}}
@@ -86,8 +89,7 @@ class Snapshot:
         """Load what `save` wrote."""
         tensors, about = read_tensors(path, kind=KIND)
         heads = tuple(Head(*h) for h in about["heads"])
-        measured = ("hidden", "accuracy", "log_probability")
-        parts: dict[str, Any] = {name: {t: tensors[f"{t}/{name}"] for t in about["tasks"]} for name in measured}
+        parts: dict[str, Any] = {name: {t: tensors[f"{t}/{name}"] for t in about["tasks"]} for name in MEASURED}
         vectors = {}
         for task in about["tasks"]:
             shares = tensors[f"{task}/shares"]
@@ -98,6 +100,16 @@ class Snapshot:
             rest = tuple(tasks), metric, metadata, *map(tuple, queries)
             effects = HeadEffects(tensors["effects/values"], tensors["effects/baseline"], *rest)
         return cls(about["label"], about["step"], vectors, distance=about["distance"], effects=effects, **parts)
+
+    def __repr__(self) -> str:
+        return f"Snapshot({self.label}, tasks {', '.join(self.task_names)})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"task": task, **{name: getattr(self, name)[task].mean().item() for name in MEASURED}}
+            for task in self.task_names
+        ]
+        return table_html(pd.DataFrame(rows).round(4), title=repr(self), index=False)
 
 
 def take_snapshot(

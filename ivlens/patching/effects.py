@@ -214,4 +214,4 @@ class HeadEffects:
         return f"HeadEffects({what}, {n}, {layers} layers × {heads} heads, {self.metric}; strongest: {best})"
 
     def _repr_html_(self) -> str:
-        return table_html(self.to_dataframe().head(10).round(4), title=repr(self))
+        return table_html(self.to_dataframe().round(4), title=repr(self))

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.statistics import standard_error
+from ivlens.common.tables import table_html
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.reading import read_prompts
@@ -65,6 +66,9 @@ class ResidualEffects:
         best = f"strongest {mean[layer, i]:+.3f} after layer {layer} at {self.positions[i]}"
         where = f"{layers} layers, positions {self.positions[0]} to {self.positions[-1]}"
         return f"ResidualEffects({n} prompts, {where}, {self.metric}; {best})"
+
+    def _repr_html_(self) -> str:
+        return table_html(self.to_dataframe().round(4), title=repr(self), index=False)
 
 
 def residual_effects(

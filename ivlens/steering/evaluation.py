@@ -159,11 +159,13 @@ class Evaluation:
         return frame.pivot_table("shown", rows, "metric", aggfunc="first", sort=False)[self.metrics]
 
     def __repr__(self) -> str:
-        head = f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)"
-        return f"{head}\n{self._table().to_string()}"
+        return f"{self._title()}\n{self._table().to_string()}"
 
     def _repr_html_(self) -> str:
-        return table_html(self._table())
+        return table_html(self._table(), title=self._title())
+
+    def _title(self) -> str:
+        return f"Evaluation({len(self.task_names)} tasks, {self.metadata.get('split')} split)"
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.common.tables import about_html
 from ivlens.models.backends import backend_of
 from ivlens.running.reading import read_prompts
 from ivlens.running.tokens import TokenizedPrompt, tokenize
@@ -73,6 +74,10 @@ class Gate:
     def __repr__(self) -> str:
         f1 = f", F1 {self.metadata['f1']:.2f} on {self.metadata['n']} prompts" if "f1" in self.metadata else ""
         return f"Gate(layer {self.layer}, cos > {self.threshold:.2f}{f1})"
+
+    def _repr_html_(self) -> str:
+        about = {"layer": self.layer, "threshold": self.threshold, "d_model": len(self.direction)}
+        return about_html({**about, **self.metadata}, title=repr(self))
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens.common.tables import table_html
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
@@ -76,3 +78,10 @@ class InjectionSearch:
             f"InjectionSearch({self.vector.name}, {self.n} prompts: {of}{self.baseline:.0%} → {self.accuracy[at]:.0%} at layer "
             f"{best.layer}, scale {best.scale:g}{where}; random vector there {self.control[at]:.0%}{beside})"
         )
+
+    def _repr_html_(self) -> str:
+        both = zip(self.accuracy.tolist(), self.control.tolist())
+        cells = [[f"{x:.0%}" + f" ({y:.0%})" * (y == y) for x, y in zip(*rows)] for rows in both]
+        frame = pd.DataFrame(cells, [f"layer {x}" for x in self.layers], [f"scale {x:g}" for x in self.scales])
+        own = table_html(frame, title=f"{self!r} In brackets: a random vector of the same norm.")
+        return own + "".join(other._repr_html_() for other in self.others)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ivlens.common.hints import hint
+from ivlens.common.tables import table_html
 from ivlens.tasks.cells import cell_text, cell_texts
 from ivlens.tasks.checks import parse_check
 from ivlens.tasks.examples import SPLITS, Example, plain_text, same_input, split_examples, warn_of_shared
@@ -228,6 +229,12 @@ class Task:
         shown = ", ".join(f"{x.input!r} → {x.output or x.check!r}" for x in self.train[:2])
         sizes = " / ".join(str(len(self.split(s))) for s in SPLITS)
         return f"Task({self.name}: {self.instructions[0]!r}, {sizes} train/valid/test, {shown})"
+
+    def _repr_html_(self) -> str:
+        frame = self.to_dataframe()
+        used = frame.mask(frame.eq("")).dropna(axis="columns", how="all").columns
+        wordings = " · ".join((*self.instructions, *self.held_out))
+        return table_html(frame[used].fillna(""), title=f"Task({self.name}: {wordings})", index=False)
 
 
 def _example(record: Mapping[str, Any], names: Mapping[str, str], place: str, check: str | None) -> Example:

@@ -15,6 +15,7 @@ import torch
 
 from ivlens.common.keys import differences
 from ivlens.common.storage import write_text
+from ivlens.common.tables import table_html
 from ivlens.models.adapters import record_base, stack_adapters
 from ivlens.models.checkpoints import FINAL, SETTINGS, checkpoints_in
 
@@ -93,6 +94,9 @@ class TrainingRun:
         )
         kept = f"{len(self.checkpoints)} checkpoint{'s' if len(self.checkpoints) > 1 else ''} in {self.folder}"
         return f"TrainingRun({what}, loss {losses[0]} → {losses[1]}, {kept})"
+
+    def _repr_html_(self) -> str:
+        return table_html(self.to_dataframe(), title=repr(self), index=False)
 
 
 def settled(folder: Path, record: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens.common.tables import about_html
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.running.injection import Injection
@@ -275,6 +276,16 @@ class InstructionVector:
         where = "" if self.layer is None else f", layer {self.layer}, scale {self.scale:g}"
         heads = f", {len(self.heads)} heads ({shown})" if self.heads else ""
         return f"InstructionVector({self.name}, d_model {self.d_model}, norm {self.norm():.2f}{heads}{where})"
+
+    def _repr_html_(self) -> str:
+        about = {
+            "heads": self.heads,
+            "layer": self.layer,
+            "scale": self.scale,
+            "d_model": self.d_model,
+            "norm": self.norm(),
+        }
+        return about_html({**about, **self.metadata}, title=f"InstructionVector({self.name})")
 
 
 def _whole(x: Any, name: str) -> int:
