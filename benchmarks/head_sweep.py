@@ -111,7 +111,7 @@ def compare(model, backend, length: int, options: argparse.Namespace) -> list[st
 def replay(model, tokens: Tensor, replacement: Tensor, max_rows: int | None) -> Tensor:
     """Effects on the answer's probability, [prompt, layer · head]."""
     return head_effects(
-        model, list(tokens), [ANSWER] * len(tokens), replacement, engine="replay", max_rows=max_rows
+        model, list(tokens), [ANSWER] * len(tokens), replacement, method="replay", max_rows=max_rows
     ).flatten(1)
 
 

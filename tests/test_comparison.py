@@ -122,7 +122,7 @@ def test_every_architecture_is_exact_with_an_adapter_and_replayed_as_run_whole(t
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore" if name in RUN_WHOLE else "error", "exact replay can't serve")
         some = ivl.locate_heads(model, task, **options)
-    full = ivl.locate_heads(model, task, engine="full", **options)
+    full = ivl.locate_heads(model, task, method="full", **options)
     torch.testing.assert_close(some.values, full.values, atol=1e-5, rtol=1e-3)
 
 

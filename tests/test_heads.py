@@ -179,7 +179,7 @@ def test_locate_heads_gives_the_same_numbers_again_and_others_for_another_seed(m
 def test_locate_heads_takes_every_counterfactual(model, task, other_task, kind):
     options = {"shots": 2, "instruction": True, "n_prompts": 2, "n_mean": 2, "progress": False}
     effects = ivl.locate_heads(model, [task, other_task], counterfactual=kind, **options)
-    assert effects.metadata["counterfactual"] == kind and effects.metadata["engine"] == "replay"
+    assert effects.metadata["counterfactual"] == kind and effects.metadata["method"] == "replay"
     assert (effects.values != 0).any()
 
 
@@ -193,8 +193,8 @@ def test_locate_heads_takes_every_metric(model, task, metric):
 def test_locate_heads_goes_the_full_way_for_every_task_where_replay_fails(load, task, other_task):
     options = {"shots": 2, "n_prompts": 2, "n_mean": 2, "progress": False}
     effects = ivl.locate_heads(load("bloom"), [task, other_task], **options)
-    full = ivl.locate_heads(load("bloom"), [task, other_task], **options, engine="full")
-    assert effects.metadata["engine"] == "full"
+    full = ivl.locate_heads(load("bloom"), [task, other_task], **options, method="full")
+    assert effects.metadata["method"] == "full"
     torch.testing.assert_close(effects.values, full.values, atol=1e-6, rtol=0)
 
 
@@ -323,7 +323,7 @@ def test_half_precision_without_room_for_float32_says_that_small_effects_are_noi
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     model = ivl.load_model(tiny.hf_model("llama"), tokenizer=tokenizer, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="effects in bfloat16 carry rounding noise"):
-        ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False, engine="full")
+        ivl.locate_heads(model, task, shots=2, n_prompts=2, n_mean=2, progress=False, method="full")
 
 
 def test_an_interrupted_sweep_leaves_the_model_as_it_was(tokenizer, replacement, monkeypatch):
@@ -335,7 +335,7 @@ def test_an_interrupted_sweep_leaves_the_model_as_it_was(tokenizer, replacement,
 
     monkeypatch.setattr("tqdm.std.tqdm.update", interrupted)
     try:
-        head_effects(model, tiny.tokens(5, 6), ["7", "8"], replacement, engine="full")
+        head_effects(model, tiny.tokens(5, 6), ["7", "8"], replacement, method="full")
     except KeyboardInterrupt as error:  # whose traceback a notebook holds, and with it the frames
         assert error.__traceback__ and all(t.dtype == torch.bfloat16 for t in model.parameters()) and model.training
     else:

@@ -40,23 +40,6 @@ OTHERWISE = {
 }
 
 
-TYPES = {
-    "batch_size": {"int"},
-    "engine": {"str"},
-    "layer": {"int", "int | None"},
-    "max_rows": {"int | None"},
-    "method": {"str", "str | Method | Mapping[str, Any] | Sequence[Any] | None"},
-    "metric": {"str", "str | None"},
-    "n_prompts": {"int", "int | None"},
-    "positions": {"str | None", "str | Tensor | None"},
-    "progress": {"bool"},
-    "seed": {"int"},
-    "shots": {"int"},
-    "split": {"str"},
-    "style": {"str"},
-}
-
-
 def public() -> Iterator[tuple[str, Any]]:
     """Functions and classes of `ivl.__all__` and `ivl.continual.__all__`, by the name a user types after `ivl.`."""
     for name in ivl.__all__:
@@ -163,15 +146,6 @@ def test_what_is_spelled_out_twice_is_the_same():
     shared = {"steps", "batch_size", "learning_rate", "lora", "shots", "instruction", "style", "dtype"}
     tune = defaults(ivl.fine_tune)
     assert {k: run[k] for k in shared} == {k: tune[k] for k in shared}
-
-
-def test_a_word_means_the_same_everywhere():
-    """A `method` is one of training, by its name or itself; what patches is an `engine`."""
-    takes: dict[str, set[str]] = {}
-    for function, _ in CALLABLES.values():
-        for p in inspect.signature(function).parameters.values():
-            takes.setdefault(p.name, set()).add(str(getattr(p.annotation, "__forward_arg__", p.annotation)))
-    assert {word: takes[word] for word in TYPES} == TYPES
 
 
 def test_the_same_word_comes_in_the_same_order():

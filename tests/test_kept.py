@@ -162,7 +162,7 @@ def test_locate_heads(load, tokenizer, tmp_path):
         "n_prompts": 4,
         "n_mean": 5,
         "only_correct": True,
-        "engine": "full",
+        "method": "full",
         "seed": 1,
     }
     options |= {"n_prompts": 3, "n_mean": 6, "progress": False}
@@ -197,7 +197,7 @@ def test_head_effects(load, tokenizer, tmp_path):
         "metric": "logit",
         "position": 1,
         "distractors": ["3", "4"],
-        "engine": "full",
+        "method": "full",
     }
     assert_told_apart(head_effects, tmp_path, options, changes)
 

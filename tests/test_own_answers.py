@@ -190,7 +190,7 @@ def test_effects_of_free_tasks_are_those_on_the_first_tokens_of_own_answers(load
         before.append(torch.tensor(asked))
         cut.append(model.tokenizer.decode(answer[:2]))
         assert encode(cut[-1]) == answer[:2]
-    expected = head_effects(model, before, cut, mean, metric="log_probability", engine="full")
+    expected = head_effects(model, before, cut, mean, metric="log_probability", method="full")
     torch.testing.assert_close(found.values, expected, atol=2e-4, rtol=1e-3)
     assert found.values.abs().max() > 0.01 and found.metric == "log_probability"
     about = {"asked": 5, "tried": own.tried, "kept": len(own.prompts)}

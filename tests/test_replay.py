@@ -128,13 +128,13 @@ def test_a_model_that_replay_cannot_serve_takes_the_full_way_with_a_warning(load
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_full_forward_passes_on_request_equal_the_reference(load, name):
     model = load(name)
-    assert max(differences(model, tiny.tokens(6, 9, 14), replacement_for(model), -1, engine="full")) <= 1e-5
+    assert max(differences(model, tiny.tokens(6, 9, 14), replacement_for(model), -1, method="full")) <= 1e-5
 
 
 def test_replay_on_request_raises_for_a_model_it_cannot_serve(load):
     model = load("bloom")
-    with pytest.raises(RuntimeError, match=r"exact replay can't serve this model .* pass engine='full' or 'auto'"):
-        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), engine="replay")
+    with pytest.raises(RuntimeError, match=r"exact replay can't serve this model .* pass method='full' or 'auto'"):
+        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), method="replay")
 
 
 @pytest.mark.parametrize(("metric", "distractors"), [("logit", None), ("logit_difference", ["w", "x", "y"])])
@@ -192,7 +192,7 @@ def test_out_of_memory_even_for_a_single_copy_is_raised(model, monkeypatch):
 
     monkeypatch.setattr(type(backend_of(model)), "run_copies", never)
     with pytest.raises(torch.OutOfMemoryError):
-        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), engine="replay")
+        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), method="replay")
 
 
 def test_a_replay_that_goes_wrong_later_is_noticed(model, monkeypatch):
@@ -222,8 +222,8 @@ def test_unordered_layers_and_unknown_methods_are_refused(model):
     backend, prompts = backend_of(model), tokenize(backend_of(model), tiny.tokens(6), ["7"])
     with pytest.raises(ValueError, match="must be ascending"):
         Sweep(backend, prompts, Sites([[1], [0]], backend.z_hook, lambda *a: None), metric="probability")
-    with pytest.raises(ValueError, match="engine='quick' is unknown; choose 'auto', 'replay' or 'full'"):
-        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), engine="quick")
+    with pytest.raises(ValueError, match="method='quick' is unknown; choose 'auto', 'replay' or 'full'"):
+        head_effects(model, tiny.tokens(6), ["7"], replacement_for(model), method="quick")
 
 
 @pytest.mark.parametrize("position", [-7, 6])

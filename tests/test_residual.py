@@ -43,8 +43,8 @@ def test_every_layer_and_position_equals_the_reference(load, name):
     model, positions = load(name), (-4, -2, -1)
     clean, corrupted = tiny.tokens(7, 9, 12, seed=3), tiny.tokens(8, 6, 12, seed=4)
     options = {"answers": [ANSWER] * 3, "positions": positions, "progress": False}
-    first = residual_effects(model, clean, corrupted, engine="replay", **options)
-    whole = residual_effects(model, clean, corrupted, engine="replay", metric="log_probability", **options)
+    first = residual_effects(model, clean, corrupted, method="replay", **options)
+    whole = residual_effects(model, clean, corrupted, method="replay", metric="log_probability", **options)
     assert first.values.shape == (3, model.cfg.n_layers, 3)
     for i, (a, b) in enumerate(zip(clean, corrupted)):
         for j, position in enumerate(positions):
@@ -67,7 +67,7 @@ def test_the_full_way_gives_the_same_numbers_and_serves_models_that_replay_canno
     clean, corrupted = tiny.tokens(7, 9, seed=3), tiny.tokens(8, 6, seed=4)
     options = {"answers": ["7"] * 2, "positions": [-2, -1], "progress": False}
     replayed = residual_effects(load("llama"), clean, corrupted, **options)
-    full = residual_effects(load("llama"), clean, corrupted, engine="full", **options)
+    full = residual_effects(load("llama"), clean, corrupted, method="full", **options)
     torch.testing.assert_close(replayed.values, full.values, atol=1e-5, rtol=0)
     bloom = residual_effects(load("bloom"), clean, corrupted, **options)
     assert (bloom.values[1, :, 1] - reference(load("bloom"), clean[1], corrupted[1], -1)[0]).abs().max() <= 1e-5
@@ -118,7 +118,7 @@ def test_edits_over_several_layers_with_a_value_per_prompt_equal_plain_hooks(loa
     each = [torch.randn(3, backend.d_model, generator=generator) for _ in range(3)]
     edits = [Edit({2: each[0][0]}), Edit({0: each[1], 2: each[2]}), Edit({1: each[0]}, replace=True)]
     rows = tokenize(backend, prompts, [ANSWER] * 3)
-    values, baseline = edit_effects(backend, rows, edits, metric="log_probability", engine="replay")
+    values, baseline = edit_effects(backend, rows, edits, metric="log_probability", method="replay")
     for i, row in enumerate(rows):
         whole = torch.tensor([row.prompt + row.answer[:-1]])
 

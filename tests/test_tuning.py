@@ -70,7 +70,7 @@ def test_the_search_equals_trying_every_layer_and_scale_by_hand(model, reachable
 @pytest.mark.model
 def test_the_full_way_gives_the_same(model, reachable):
     task, vector = reachable
-    found = [ivl.tune_injection(model, task, vector, scales=[1.5], engine=m, n_prompts=3) for m in ("auto", "full")]
+    found = [ivl.tune_injection(model, task, vector, scales=[1.5], method=m, n_prompts=3) for m in ("auto", "full")]
     assert torch.equal(found[0].accuracy, found[1].accuracy) and torch.equal(found[0].control, found[1].control)
 
 

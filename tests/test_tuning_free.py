@@ -143,7 +143,7 @@ def test_the_middle_third_and_the_later_half_are_tried_by_default(model, free):
 
 
 def test_what_free_answers_have_no_use_for_is_refused(model, free, task):
-    for more in ({"goal": "suppress"}, {"engine": "full"}, {"max_rows": 64}):
+    for more in ({"goal": "suppress"}, {"method": "full"}, {"max_rows": 64}):
         with pytest.raises(ValueError, match=r"the answers of 'free' are free, so vectors only induce"):
             ivl.tune_injection(model, free, vector(), **more)
     for more in ({"positions": "generated"}, {"how": "set"}):

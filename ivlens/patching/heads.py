@@ -100,7 +100,7 @@ def head_effects(
     metric: str = "probability",
     position: int = -1,
     distractors: Sequence[str] | None = None,
-    engine: str = "auto",
+    method: str = "auto",
     max_rows: int | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
@@ -120,17 +120,16 @@ def head_effects(
         `logit_difference` against `distractors`.
     position
         Where to patch: -1 is the last prompt token; from 0 on counts from the beginning.
-    engine
-        `replay`: all heads in one exact replay of the prompt's end; `full`: one forward pass per head; `auto`: replay if it passes
-        its self-check, else full, with a warning.
+    method
+        `auto` takes exact suffix replay if it passes its self-check, else one forward pass per head (with a warning).
     max_rows
         Bound on the packed sequence, halved when memory runs out (default 1,536 rows on a CPU, 16,384 on a GPU).
     folder
         Where to keep what is done, so that an interrupted sweep goes on there.
     """
-    options: dict[str, Any] = {"position": position, "engine": engine, "max_rows": max_rows}
+    options: dict[str, Any] = {"position": position, "method": method, "max_rows": max_rows}
     sweep = sweep_heads(model, prompts, answers, replacement, metric=metric, distractors=distractors, **options)
-    about = None if folder is None else key(sweep.backend.model, engine)
+    about = None if folder is None else key(sweep.backend.model, method)
     values, baseline = collect_effects(sweep, folder, about, progress)
     return (values - baseline[:, None]).unflatten(1, replacement.shape[:2])
 
@@ -175,7 +174,7 @@ def sweep_heads(
 def collect_effects(
     sweep: Sweep, folder: str | Path | None, about: str | None, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run a sweep to its end, keeping what is done in `folder` after every batch; `about` is the key of model and engine."""
+    """Run a sweep to its end, keeping what is done in `folder` after every batch; `about` is the key of model and method."""
     values = torch.full((len(sweep.prompts), len(sweep.sites.layers)), torch.nan)
     baseline = torch.full((len(sweep.prompts),), torch.nan)
     path = None if folder is None else Path(folder) / f"sweep-{_key(sweep, about)}.safetensors"

@@ -42,7 +42,7 @@ def locate_heads(
     tries: int = 4,
     max_new_tokens: int = 40,
     answer_tokens: int = 8,
-    engine: str = "auto",
+    method: str = "auto",
     max_rows: int | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
@@ -76,8 +76,8 @@ def locate_heads(
     tries, max_new_tokens, answer_tokens
         Of tasks with a check, whose answers are the model's own: how many answers to try per prompt (one greedy, the others
         sampled) until one passes, how long they are, and how many of their first tokens effects are measured on.
-    engine, max_rows
-        How heads are patched (`auto`, `replay` or `full`), and in how much memory; see `head_effects`.
+    method, max_rows
+        How heads are patched, and in how much memory; see `head_effects`.
     folder
         Where to keep what is done, so that an interrupted run goes on there.
     seed
@@ -116,7 +116,7 @@ def locate_heads(
     if shots == 0 and (instruction is False or instruction is None):
         said = "with shots=0 and instruction=False no prompt states its task"
         raise ValueError(f"{said}: there is nothing to locate; pass shots=10 or instruction=True")
-    about = None if folder is None else key(backend.model, engine)
+    about = None if folder is None else key(backend.model, method)
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "split": "train"}
     values, baselines, queries, names, own, checked = [], [], [], [], {}, False
     with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
@@ -132,7 +132,7 @@ def locate_heads(
             wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None
             stating = build_prompts(task, n=n_mean, seed=seed, repeat=True, **look)
             mean = mean_head_outputs(model, stating, only_correct=only_correct)
-            options = {"metric": metric, "distractors": wrong, "engine": engine, "max_rows": max_rows}
+            options = {"metric": metric, "distractors": wrong, "method": method, "max_rows": max_rows}
             options["answer_tokens"] = answer_tokens if task.is_checked else None
             sweep = sweep_heads(model, broken, None, mean, **options)
             asked = [same_input(prompt.query) for prompt in broken]
@@ -146,10 +146,10 @@ def locate_heads(
             baselines.append(baseline)
             queries += asked
             names += [task.name] * len(asked)
-            engine, checked = sweep.engine, sweep.checked  # self-checked once for all tasks
+            method, checked = sweep.method, sweep.checked  # self-checked once for all tasks
             bar.update()
     settings = {"shots": shots, "instruction": instruction, "style": style, "counterfactual": counterfactual}
-    settings |= {"model": backend.name, "engine": engine, "n_mean": n_mean, "seed": seed}
+    settings |= {"model": backend.name, "method": method, "n_mean": n_mean, "seed": seed}
     settings |= {"own_answers": own, "answer_tokens": answer_tokens} if own else {}
     return HeadEffects(torch.cat(values), torch.cat(baselines), tuple(names), metric, settings, tuple(queries))
 

@@ -79,7 +79,7 @@ def residual_effects(
     *,
     positions: Sequence[int] = (-4, -3, -2, -1),
     metric: str = "probability",
-    engine: str = "auto",
+    method: str = "auto",
     max_rows: int | None = None,
     progress: bool = True,
 ) -> ResidualEffects:
@@ -109,7 +109,7 @@ def residual_effects(
     for position in tqdm(positions, desc="patching residuals", disable=not progress):
         states = read_prompts(backend, clean_tokens, resid=True, position=position).resid
         edits = [Edit({layer: states[:, layer]}, replace=True) for layer in range(backend.n_layers)]
-        options = {"metric": metric, "position": position, "engine": engine, "max_rows": max_rows}
+        options = {"metric": metric, "position": position, "method": method, "max_rows": max_rows}
         values, baseline = edit_effects(backend, corrupted_tokens, edits, **options)
         columns.append(values - baseline[:, None])
     return ResidualEffects(torch.stack(columns, dim=-1), tuple(positions), metric)
@@ -133,7 +133,7 @@ def edit_effects(
     *,
     metric: str,
     position: int = -1,
-    engine: str = "auto",
+    method: str = "auto",
     max_rows: int | None = None,
     bar: tqdm | None = None,
 ) -> tuple[Float[Tensor, "prompt edit"], Float[Tensor, " prompt"]]:
@@ -148,7 +148,7 @@ def edit_effects(
             x[:, i] = value if edit.replace else x[:, i] + value
 
     sites = Sites([sorted(edits[i].values) for i in order], backend.resid_hook, write)
-    sweep = Sweep(backend, rows, sites, metric=metric, position=position, engine=engine, max_rows=max_rows)
+    sweep = Sweep(backend, rows, sites, metric=metric, position=position, method=method, max_rows=max_rows)
     values, baseline = torch.empty(len(rows), len(edits)), torch.empty(len(rows))
     columns = torch.tensor(order)
     for swept in sweep.run():

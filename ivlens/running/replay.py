@@ -38,9 +38,9 @@ class Sweep:
     ----------
     position
         Patched position: from the prompt's end (-1 is its last token) or, from 0 on, from its beginning.
-    engine
+    method
         `replay`, `full` (one forward pass per patch), or `auto`: replay if it passes the self-check, else full, with a
-        warning that says why. `engine` afterwards holds what was used.
+        warning that says why. `method` afterwards holds what was used.
     checked
         Whether a sweep like this one has passed the self-check already.
     max_rows
@@ -55,13 +55,13 @@ class Sweep:
         *,
         metric: str,
         position: int = -1,
-        engine: str = "auto",
+        method: str = "auto",
         max_rows: int | None = None,
         distractors: Sequence[int] | None = None,
         checked: bool = False,
     ):
-        if engine not in ("auto", "replay", "full"):
-            raise ValueError(f"engine={engine!r} is unknown; choose 'auto', 'replay' or 'full'")
+        if method not in ("auto", "replay", "full"):
+            raise ValueError(f"method={method!r} is unknown; choose 'auto', 'replay' or 'full'")
         check_metric(metric)
         if not all(prompt.answer for prompt in prompts):
             raise ValueError("answers are needed to measure an effect; pass one text per prompt")
@@ -71,7 +71,7 @@ class Sweep:
         if first != sorted(first):
             raise ValueError("the first layers of the sites must be ascending")
         self.backend, self.prompts, self.sites, self.metric = backend, prompts, sites, metric
-        self.engine = "replay" if checked and engine == "auto" else engine
+        self.method = "replay" if checked and method == "auto" else method
         self.distractors, self.checked = distractors, checked
         self.max_rows = max_rows or (1536 if backend.device.type == "cpu" else 16_384)
         # A first answer token needs no answer tokens in the input.
@@ -92,7 +92,7 @@ class Sweep:
         while remaining:
             batch = self._batch(remaining[: self._batch_size(remaining[0])])
             try:
-                if self.engine == "full":
+                if self.method == "full":
                     swept = self._full(batch)
                 elif not self.checked:
                     swept, shared = self._checked_replay(batch, remaining)
@@ -157,7 +157,7 @@ class Sweep:
         difference = _probability_difference(logits[:, 0], prefix.logits)
         if not difference <= self._tolerance:
             said = f"the unpatched copy differs from the forward pass by {difference:.1e} in probability"
-            raise ReplayError(f"{said}; pass engine='full'")
+            raise ReplayError(f"{said}; pass method='full'")
         return logits[:, 1:]
 
     @torch.inference_mode()
@@ -211,9 +211,9 @@ class Sweep:
             if out_of_memory(error) or "didn't fire" in str(error):
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if reason is not None and self.engine == "replay":
-            raise ReplayError(f"exact replay can't serve this model ({reason}); pass engine='full' or 'auto'")
-        self.checked, self.engine = True, "replay" if reason is None else "full"
+        if reason is not None and self.method == "replay":
+            raise ReplayError(f"exact replay can't serve this model ({reason}); pass method='full' or 'auto'")
+        self.checked, self.method = True, "replay" if reason is None else "full"
         if reason is None:
             return swept, shared
         said = f"exact replay can't serve this model ({reason})"
@@ -223,7 +223,7 @@ class Sweep:
     # -- batches ----------------------------------------------------------------------------------------------------
     def _batch_size(self, first: int) -> int:
         block = self.from_end[first] + len(self.scored[first]) - 1
-        if self.engine == "full":
+        if self.method == "full":
             return max(self.max_rows // (len(self.prompts[first].prompt) + block), 1)
         return max(self.max_rows // ((1 + len(self.sites.layers)) * block), 1)
 
@@ -236,7 +236,7 @@ class Sweep:
     @torch.inference_mode()
     def _shared(self, index: Sequence[int]) -> Prefix | None:
         """The beginning all prompts have in common, run once."""
-        if len(index) < 2 or self.engine == "full":
+        if len(index) < 2 or self.method == "full":
             return None
         rows = [self.prompts[i].prompt[: len(self.prompts[i].prompt) - self.from_end[i]] for i in index]
         same = len(common_beginning(rows))

@@ -42,7 +42,7 @@ def tune_injection(
     template: Mapping[str, Any] | None = None,
     n_prompts: int | None = None,
     split: str = "valid",
-    engine: str = "auto",
+    method: str = "auto",
     max_rows: int | None = None,
     positions: str | None = None,
     how: str | None = None,
@@ -74,8 +74,8 @@ def tune_injection(
         Prompts per task; None for the whole split.
     split
         `train`, `valid` or `test`: where the prompts' queries come from.
-    engine, max_rows
-        How layers and scales are tried (`auto`, `replay` or `full`), and in how much memory; see `head_effects`.
+    method, max_rows
+        How layers and scales are tried, and in how much memory; see `head_effects`.
     positions
         Of free answers, where the vector is added, as in `inject`. Default: both while the answer is generated and at the last prompt
         token only, of which the better is kept with the vector: what is decided word by word (a language) needs the former, what
@@ -88,8 +88,8 @@ def tune_injection(
         Of all that is drawn at random; global random states are left alone.
     """
     if task.is_checked:
-        if (goal, engine, max_rows) != ("induce", "auto", None):
-            given = f"goal={goal!r}, engine={engine!r} and max_rows={max_rows}"
+        if (goal, method, max_rows) != ("induce", "auto", None):
+            given = f"goal={goal!r}, method={method!r} and max_rows={max_rows}"
             raise ValueError(
                 f"{given}: the answers of {task.name!r} are free, so vectors only induce, and are decoded; leave them out"
             )
@@ -117,7 +117,7 @@ def tune_injection(
     tries = [
         Edit({layer: scale * v.vector}) for (layer, pair), scale in product(zip(layers, both), scales) for v in pair
     ]
-    options = {"metric": "accuracy", "engine": engine, "max_rows": max_rows}
+    options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
     values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, **options)
     found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
     n = len({prompt.query for prompt in prompts})
