@@ -22,7 +22,8 @@ from ivlens.models.hooking import tokenizing_backend
 from ivlens.models.loading import load_hf, load_model
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task, same_input
-from ivlens.training.finetune import fine_tune, rows_needed, training_rows
+from ivlens.training.data import rows_needed, training_rows
+from ivlens.training.finetune import fine_tune
 from ivlens.training.guidance import checked_guidance
 from ivlens.training.hooks import TaskInjection
 from ivlens.training.methods import Guided, Method

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ivlens.running.tokens import TooLongError, tokenize
-from ivlens.tasks.prompts import Prompt
+from ivlens.tasks.prompts import Prompt, build_prompts
+from ivlens.tasks.suite import TaskSuite
 
 if TYPE_CHECKING:
     import datasets
 
     from ivlens.models.backend import Backend
 
-__all__ = ["answer_dataset"]
+__all__ = ["answer_dataset", "rows_needed", "training_rows"]
 
 IGNORED = -100  # what Hugging Face models leave out of the loss
 
@@ -81,3 +84,30 @@ def _end(backend: Backend, prompt: Prompt) -> tuple[int, ...]:
             return (token,)
     end = backend.tokenizer.eos_token_id
     return () if end is None else (end if isinstance(end, int) else end[0],)
+
+
+def rows_needed(steps: int, batch_size: int, arguments: Mapping[str, Any]) -> int:
+    """Rows that training takes, over all processes."""
+    accumulated, processes = arguments.get("gradient_accumulation_steps", 1), os.environ.get("WORLD_SIZE", "1")
+    return steps * batch_size * int(accumulated) * int(processes)
+
+
+def training_rows(
+    backend: Backend,
+    suite: TaskSuite,
+    n: int,
+    look: Mapping[str, Any],
+    on_too_long: str = "error",
+    *,
+    teacher_shots: int = 0,
+) -> datasets.Dataset:
+    """At least `n` rows, as many of each task, from its training split; see `answer_dataset`."""
+
+    def prompts(**look: Any) -> list[Prompt]:
+        return [p for t in suite.values() for p in build_prompts(t, n=-(-n // len(suite)), repeat=True, **look)]
+
+    asked, teacher = prompts(**look), None
+    if teacher_shots:  # the same queries, whatever the number of demonstrations
+        shown = prompts(**{**look, "shots": teacher_shots})
+        teacher = [replace(p, demonstrations=more.demonstrations) for p, more in zip(asked, shown, strict=True)]
+    return answer_dataset(backend, asked, teacher=teacher, on_too_long=on_too_long)

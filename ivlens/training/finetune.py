@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +25,15 @@ from ivlens.models.adapters import (
 from ivlens.models.checkpoints import FINAL, SAVED
 from ivlens.models.hooking import check_in_memory, tokenizing_backend
 from ivlens.models.loading import as_dtype, load_hf
-from ivlens.tasks.prompts import Prompt, build_prompts
-from ivlens.tasks.suite import TaskSuite, as_suite
+from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
-from ivlens.training.data import answer_dataset
+from ivlens.training.data import rows_needed, training_rows
 from ivlens.training.run import TrainingRun, keep_outcome, settled, usable_checkpoint
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
-    import datasets
     from peft import PeftConfig
 
-    from ivlens.models.backend import Backend
     from ivlens.training.methods import Method
 
 __all__ = ["fine_tune", "rows_needed", "training_rows"]
@@ -171,33 +166,6 @@ def fine_tune(
         keep_outcome(stage, trainer, before / FINAL if before and chosen.fresh else None, record, seconds)
     trainer.accelerator.wait_for_everyone()
     return TrainingRun.load(folder)
-
-
-def rows_needed(steps: int, batch_size: int, arguments: Mapping[str, Any]) -> int:
-    """Rows that training takes, over all processes."""
-    accumulated, processes = arguments.get("gradient_accumulation_steps", 1), os.environ.get("WORLD_SIZE", "1")
-    return steps * batch_size * int(accumulated) * int(processes)
-
-
-def training_rows(
-    backend: Backend,
-    suite: TaskSuite,
-    n: int,
-    look: Mapping[str, Any],
-    on_too_long: str = "error",
-    *,
-    teacher_shots: int = 0,
-) -> datasets.Dataset:
-    """At least `n` rows, as many of each task, from its training split; see `answer_dataset`."""
-
-    def prompts(**look: Any) -> list[Prompt]:
-        return [p for t in suite.values() for p in build_prompts(t, n=-(-n // len(suite)), repeat=True, **look)]
-
-    asked, teacher = prompts(**look), None
-    if teacher_shots:  # the same queries, whatever the number of demonstrations
-        shown = prompts(**{**look, "shots": teacher_shots})
-        teacher = [replace(p, demonstrations=more.demonstrations) for p, more in zip(asked, shown, strict=True)]
-    return answer_dataset(backend, asked, teacher=teacher, on_too_long=on_too_long)
 
 
 def _previous(previous: TrainingRun | str | Path | None, method: Method, lora: bool | PeftConfig) -> Path | None:
