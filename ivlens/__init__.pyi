@@ -41,6 +41,8 @@ from .dynamics.tracking import compare as compare, track as track
 from .dynamics.change import Change as Change
 from .dynamics.restoring import recover as recover
 from .dynamics.recovery import Recovery as Recovery
+from .dynamics.checkup import checkup as checkup
+from .dynamics.diagnosis import Checkup as Checkup
 from .training.trainer import IVTrainer as IVTrainer
 from .training.guidance import Guidance as Guidance
 from .report import Section as Section, write_report as write_report
