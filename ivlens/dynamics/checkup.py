@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ivlens.models.head import Head
 from ivlens.steering.controls import random_vector
 from ivlens.tasks.checks import check_source
 from ivlens.tasks.examples import same_input
-from ivlens.tasks.prompts import Prompt
+from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.suite import TaskSuite
 from ivlens.tasks.task import Task
 from ivlens.vectors.files import FILE
@@ -88,33 +88,22 @@ def checkup(
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r} must be from 0 to below 1, such as 0.05 for five points of accuracy")
-    sizes = FAST if fast else FULL
+    sizes = replace(FAST if fast else FULL, length=max_new_tokens)
     if n_prompts is not None:
         sizes = replace(sizes, prompts=n_prompts, free=n_prompts)
     suite = as_skills(skills, fast)
     looks = {name: look_of(task, shots, instruction, style, seed) for name, task in suite.items()}
     asked = {name: asked_prompts(task, sizes, looks[name]) for name, task in suite.items()}
     models, names = _opened(base, after)
-    about: dict[str, Any] = {
-        "tolerance": tolerance,
-        "fast": fast,
-        "shots": shots,
-        "instruction": instruction,
-        "seed": seed,
-    }
-    about |= {**names, "skills": {name: skill_about(task, fast) for name, task in suite.items()}}
-    work = _Work(suite, looks, asked, sizes, max_new_tokens, None if folder is None else Path(folder))
+    about: dict[str, Any] = {"tolerance": tolerance, "fast": fast, "shots": shots, "instruction": instruction}
+    about |= {"seed": seed, **names, "skills": {name: skill_about(task, fast) for name, task in suite.items()}}
+    work = _Work(suite, looks, asked, sizes, None if folder is None else Path(folder))
     with tqdm(total=2 * len(suite), desc="checkup", disable=not progress) as bar:
-        rows = [
-            row for when in (AFTER, BEFORE) for row in work.first_look(when, models[when], bar)
-        ]  # what may not load comes first
+        # What may not load comes first.
+        rows = [row for when in (AFTER, BEFORE) for row in work.first_look(when, models[when], bar)]
         result = Checkup(pd.DataFrame(rows), pd.DataFrame(columns=HEADS), about)
-        fallen = [name for name in result.fell if not about["skills"][name]["not_looked_at"]]
-        if fallen:
-            counting = [
-                n for n, row in result.to_dataframe().set_index("skill").iterrows() if row["verdict"] != "not counted"
-            ]
-            more, heads = work.second_look(models, fallen, counting, about["skills"], bar)
+        if fallen := [name for name in result.fell if not about["skills"][name]["not_looked_at"]]:
+            more, heads = work.second_look(models, fallen, result.counting, about["skills"], bar)
             result = Checkup(pd.DataFrame(rows + more), pd.DataFrame(heads, columns=HEADS), about)
     if folder is not None:
         result.save(Path(folder) / "checkup.json")
@@ -129,7 +118,6 @@ class _Work:
     looks: Mapping[str, dict[str, Any]]
     asked: Mapping[str, list[Prompt]]
     sizes: Sizes
-    max_new_tokens: int
     folder: Path | None
 
     def first_look(self, when: str, checkpoint: Checkpoint, bar: tqdm) -> list[dict[str, Any]]:
@@ -145,36 +133,37 @@ class _Work:
     def second_look(
         self, models: Mapping[str, Checkpoint], fallen: list[str], counting: list[str], about: dict[str, Any], bar: tqdm
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Answers with the old vector and a random one, and what the heads behind it still write."""
+        """Answers with the old vector and a random one, and what the heads behind it still write; where vectors are, into `about`."""
         rows, heads, found = [], [], {}
         bar.total += 2 * len(fallen)
-        for when in (BEFORE, AFTER):
-            with models[when].use() as model:
-                mine = self._key(model)
-                if when == BEFORE:
-                    carriers = self._heads(model, fallen, counting)
-                for name in fallen:
-                    bar.set_postfix_str(f"second look, {when}: {name}")
-                    task, look = self.suite[name], self.looks[name]
-                    if when == BEFORE:
-                        vector = self._vector(
-                            partial(find_vector, model, task, carriers, look, self.sizes), mine, "found", name, carriers
-                        )
-                        found[name] = vector, *shares(model, task, vector, look, self.sizes)
-                    vector, its_heads, before = found[name]
-                    bare = asked_prompts(task, self.sizes, {**look, "shots": 0, "instruction": False})
-                    rows += self._answers(model, mine, name, when, False, bare, _with_control(vector))
-                    if when == AFTER:
-                        _, now = shares(model, task, vector, look, self.sizes)
-                        heads += [{"skill": name, **x} for x in still_written(vector, its_heads, before, now)]
-                        back = self._vector(
-                            partial(put_back, model, task, vector, look, self.sizes), mine, vector, "back", name
-                        )
-                        rows += self._answers(model, mine, name, when, True, self.asked[name], _with_control(back))
-                        if self.folder is not None:
-                            about[name]["vector"] = str(back.save(self.folder / "vectors" / safe_name(name)))
-                    bar.update()
+        with models[BEFORE].use() as model:
+            mine, carriers = self._key(model), self._heads(model, fallen, counting)
+            for name in fallen:
+                bar.set_postfix_str(f"second look, before: {name}")
+                task, look = self.suite[name], self.looks[name]
+                make = partial(find_vector, model, task, carriers, look, self.sizes)
+                vector = self._vector(make, name, mine, carriers)
+                found[name] = vector, *shares(model, task, vector, look, self.sizes, own=True)
+                rows += self._answers(model, mine, name, BEFORE, False, self._untold(name), _with_control(vector))
+                bar.update()
+        with models[AFTER].use() as model:
+            mine = self._key(model)
+            for name, (vector, its_heads, before) in found.items():
+                bar.set_postfix_str(f"second look, after: {name}")
+                task, look = self.suite[name], self.looks[name]
+                _, now = shares(model, task, vector, look, self.sizes)
+                heads += [{"skill": name, **x} for x in still_written(vector, its_heads, before, now)]
+                rows += self._answers(model, mine, name, AFTER, False, self._untold(name), _with_control(vector))
+                back = self._vector(partial(put_back, model, task, vector, look, self.sizes), name, mine, vector)
+                rows += self._answers(model, mine, name, AFTER, True, self.asked[name], _with_control(back))
+                if self.folder is not None:
+                    about[name]["vector"] = str(back.save(self.folder / "vectors" / safe_name(name)))
+                bar.update()
         return rows, heads
+
+    def _untold(self, name: str) -> list[Prompt]:
+        """Its prompts that ask for nothing."""
+        return asked_prompts(self.suite[name], self.sizes, {**self.looks[name], "shots": 0, "instruction": False})
 
     def _heads(self, model: Any, fallen: list[str], counting: list[str]) -> list[Head]:
         """Located on all skills that count, so that a base model's are the same whatever fell; none where none is needed."""
@@ -188,8 +177,8 @@ class _Work:
     def _key(self, model: Any) -> str:
         return "" if self.folder is None else key(model)
 
-    def _path(self, *about: Any) -> Path | None:
-        return None if self.folder is None else self.folder / "partial" / key(*about)
+    def _path(self, *about: Any, ending: str = "") -> Path | None:
+        return None if self.folder is None else self.folder / "partial" / f"{key(*about)}{ending}"
 
     def _answers(
         self,
@@ -201,15 +190,13 @@ class _Work:
         prompts: list[Prompt],
         tries: Mapping[str, InstructionVector | None],
     ) -> list[dict[str, Any]]:
-        path = self._path(
-            mine, prompts, tries, self.max_new_tokens, [check_source(p.query.check) for p in prompts if p.query.check]
-        )
-        if path is None or not path.with_suffix(".json").exists():
-            found = hits(model, prompts, tries, self.max_new_tokens)
+        path = self._path(mine, prompts, tries, self.sizes.length, _checks(prompts), ending=".json")
+        if path is None or not path.exists():
+            found = hits(model, prompts, tries, self.sizes.length)
             if path is not None:
-                write_json(path.with_suffix(".json"), KEPT, found)
+                write_json(path, KEPT, found)
         else:
-            found = read_json(path.with_suffix(".json"), KEPT)
+            found = read_json(path, KEPT)
         about = {"skill": name, "model": when, "asked": asked}
         return [
             {**about, "added": added, "prompt": i, "query": same_input(p.query), "hit": hit, "text": text}
@@ -217,13 +204,19 @@ class _Work:
             for i, (p, hit, text) in enumerate(zip(prompts, found[added]["hit"], found[added]["text"]))
         ]
 
-    def _vector(self, make: Callable[[], InstructionVector], *about: Any) -> InstructionVector:
-        path = self._path(*about, self.suite, self.looks, self.sizes)
+    def _vector(self, make: Callable[[], InstructionVector], name: str, *about: Any) -> InstructionVector:
+        checks = _checks(build_prompts(self.suite[name], split="valid"))
+        path = self._path(*about, self.suite[name], self.looks[name], self.sizes, checks)
         if path is None:
             return make()
         if not (path / FILE).exists():
             make().save(path)
         return InstructionVector.load(path)
+
+
+def _checks(prompts: Sequence[Prompt]) -> list[str]:
+    """Their code, so that what an edited check let pass isn't taken for what it lets pass now."""
+    return [check_source(check) for check in sorted({p.query.check for p in prompts if p.query.check})]
 
 
 def _with_control(vector: InstructionVector) -> dict[str, InstructionVector | None]:

@@ -65,6 +65,11 @@ class Checkup:
         return list(dict.fromkeys(self.scores["skill"]))
 
     @property
+    def counting(self) -> list[str]:
+        """Skills that the base model can do."""
+        return [skill for skill in self.skills if self._counts(skill)]
+
+    @property
     def tolerance(self) -> float:
         return self.metadata["tolerance"]
 
@@ -144,7 +149,7 @@ class Checkup:
     # -- the arithmetic ---------------------------------------------------------------------------------------------
     @cached_property
     def _table(self) -> pd.DataFrame:
-        counting = [skill for skill in self.skills if self._counts(skill)]
+        counting = self.counting
         return pd.DataFrame([self._row(skill, max(len(counting), 1), skill in counting) for skill in self.skills])
 
     def hits(self, skill: str, model: str, asked: bool, added: str = "") -> tuple[np.ndarray, list[Any]]:

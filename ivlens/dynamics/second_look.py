@@ -92,7 +92,9 @@ def find_vector(
             layers = sorted({min(round(depth * n), n - 1) for depth in DEPTHS})
             tries = [extract_vector(model, task, way="residual", layer=layer, **amounts) for layer in layers]
             asked = {"style": look["style"], "instruction": look["instruction"], "seed": look["seed"]}
-            return tune_injection(model, task, tries, n_prompts=sizes.valid_free, **asked).best
+            return tune_injection(
+                model, task, tries, n_prompts=sizes.valid_free, max_new_tokens=sizes.length, **asked
+            ).best
         vector = extract_vector(model, task, heads, **amounts)
         return _placed(model, task, vector, sizes, {**look, "shots": 0, "instruction": False}, SCALES)
 
@@ -115,17 +117,18 @@ def _placed(
 
 
 def shares(
-    model: Any, task: Task, vector: InstructionVector, look: Mapping[str, Any], sizes: Sizes
+    model: Any, task: Task, vector: InstructionVector, look: Mapping[str, Any], sizes: Sizes, *, own: bool = False
 ) -> tuple[tuple[Head, ...], Tensor]:
     """Every head's part in the vector, [head d_model]: of the vector's own heads, or, where it has none, of all up to its layer, as the
-    difference that being told makes."""
+    difference that being told makes. `own`: the vector is this model's."""
+    if own and vector.heads:
+        return vector.heads, vector.shares
     amounts = {"n_prompts": sizes.mean, **look}
-    if vector.heads:
-        found = extract_vector(model, task, vector.heads, **amounts)
-    else:
-        backend = backend_of(model)
-        heads = [Head(layer, h) for layer in range(vector.layer + 1) for h in range(backend.n_heads)]
-        found = extract_vector(model, task, heads, way="difference", **amounts)
+    heads, way = vector.heads, "heads"
+    if not heads:
+        heads = [Head(layer, h) for layer in range(vector.layer + 1) for h in range(backend_of(model).n_heads)]
+        way = "difference"
+    found = extract_vector(model, task, heads, way=way, **amounts)
     return found.heads, found.shares
 
 

@@ -35,7 +35,7 @@ GROUP = 25  # prompts with the same demonstrations, which are read once for all 
 @dataclass(frozen=True)
 class Sizes:
     """How many prompts: tested per skill (with one right answer, or free ones), to choose layer and scale by, behind means, and swept
-    for heads (of all skills together)."""
+    for heads (of all skills together). And how long free answers may be, in tokens."""
 
     prompts: int = 100
     free: int = 48
@@ -43,6 +43,7 @@ class Sizes:
     valid_free: int = 8
     mean: int = 30
     sweep: int = 24
+    length: int = 40
 
 
 FULL, FAST = Sizes(), Sizes(prompts=50, free=20, mean=15, sweep=9)
