@@ -166,7 +166,7 @@ class _Work:
         return asked_prompts(self.suite[name], self.sizes, {**self.looks[name], "shots": 0, "instruction": False})
 
     def _heads(self, model: Any, fallen: list[str], counting: list[str]) -> list[Head]:
-        """Located on all skills that count, so that a base model's are the same whatever fell; none where none is needed."""
+        """Located on all skills that count, so that they are the same whatever fell; none where none is needed."""
         answered = [name for name in counting if not self.suite[name].is_checked and not why_not(self.suite[name])]
         if not set(fallen) & set(answered):
             return []
