@@ -41,8 +41,11 @@ from .dynamics.tracking import compare as compare, track as track
 from .dynamics.change import Change as Change
 from .dynamics.restoring import recover as recover
 from .dynamics.recovery import Recovery as Recovery
+from .dynamics.checkup import checkup as checkup
+from .dynamics.diagnosis import Checkup as Checkup
 from .training.trainer import IVTrainer as IVTrainer
 from .training.guidance import Guidance as Guidance
+from .vectors.export import export_vector as export_vector, import_vector as import_vector
 from .report import Section as Section, write_report as write_report
 from .tasks.checks import passes as passes, register_check as register_check
 from .running.answers import with_own_answers as with_own_answers

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import ivlens as ivl
 from ivlens.common.keys import key
 from ivlens.continual import runner
+from ivlens.dynamics.checkup import checkup
 from ivlens.dynamics.restoring import recover
 from ivlens.dynamics.tracking import track
 from ivlens.models.head import Head
@@ -38,6 +39,7 @@ SAME = {  # where results are kept, what is shown, and how much is done at a tim
     head_effects: {"folder", "progress", "max_rows"},
     track: {"folder", "progress", "batch_size"},
     recover: {"folder", "progress"},
+    checkup: {"folder", "progress", "tolerance"},  # by which answers are judged, not given
     runner.experiment: {"folder"},
 }
 BESIDE = {  # `run` and `collect` pass theirs on to `experiment`, `compare` to `track`; the rest read a folder of the user's
@@ -244,6 +246,34 @@ def test_recover(base, other_base, run, task, other_task, tmp_path):
     }
     more = {"layers": [1], "scales": (1.0,), "n_valid": 2, "n_prompts": 3, "progress": False}
     assert_told_apart(recover, tmp_path, {**options, **more}, changes)
+
+
+@pytest.mark.slow
+def test_checkup(base, other_base, run, task, other_task, tmp_path):
+    options = {"base": base, "after": run.checkpoints[0], "skills": task, "shots": 2, "n_prompts": 3}
+    changes = {
+        "base": other_base,
+        "after": run.checkpoints[1],
+        "skills": other_task,
+        "fast": True,
+        "shots": 1,
+        "instruction": True,
+        "style": "plain",
+        "n_prompts": 4,
+        "max_new_tokens": 5,
+        "seed": 1,
+    }
+    check(checkup, changes)
+    place = tmp_path / "partial"
+    seen: set = set()
+    for name, value in [("shots", 2), *changes.items()]:
+        given = {**options, "n_prompts": None} if name == "fast" else options  # fewer, where it isn't said how many
+        checkup(folder=tmp_path, progress=False, **{**given, name: value})
+        more = set(place.iterdir())
+        assert more > seen, f"{name}={value!r} brought back results of {options.get(name)!r}"
+        seen = more
+    checkup(folder=tmp_path, progress=False, **options)
+    assert set(place.iterdir()) == seen
 
 
 def test_continual_run(base, other_base, task, other_task, tmp_path):

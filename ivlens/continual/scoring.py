@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ivlens.models.backend import Backend
-from ivlens.running.decoding import choose, complete
+from ivlens.running.decoding import choice_hits, complete
 from ivlens.running.scores import exact_match, rouge_l, words
 from ivlens.running.tokens import room_for, tokenize
 from ivlens.tasks.checks import passes
@@ -84,9 +83,9 @@ def free_text(task: Task) -> bool:
 
 def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Scoring) -> list[float]:
     """One score between 0 and 1 per prompt."""
-    rows = tokenize(backend, prompts)
     if all(prompt.query.choices for prompt in prompts):
-        return _choice_hits(backend, prompts, rows, scoring.batch_size)
+        return choice_hits(backend, prompts, batch_size=scoring.batch_size)
+    rows = tokenize(backend, prompts)
     if task.is_checked:
         lengths = {"max_new_tokens": scoring.max_new_tokens, "batch_size": scoring.batch_size}
         bare = [replace(row, answer=()) for row in rows]
@@ -100,16 +99,3 @@ def score_task(backend: Backend, task: Task, prompts: list[Prompt], scoring: Sco
     if overlap:
         return [rouge_l(text, right) for right, text in zip(answers, found)]
     return [exact_match(backend.tokenizer, text, right) for right, text in zip(answers, found)]
-
-
-def _choice_hits(backend: Backend, prompts: list[Prompt], rows: Iterable[Any], batch_size: int) -> list[float]:
-    options = [[replace(p, query=replace(p.query, output=choice)) for choice in p.query.choices or ()] for p in prompts]
-    flat = iter(tokenize(backend, [prompt for each in options for prompt in each]))
-    answers = [[next(flat).answer for _ in each] for each in options]
-    hits = []
-    for prompt, values in zip(prompts, choose(backend, list(rows), answers, batch_size=batch_size)):
-        choices = prompt.query.choices or ()
-        # Per character, so that a long option isn't unlikely for its length alone.
-        best = max(range(len(choices)), key=lambda k: values[k] / len(choices[k]))
-        hits.append(float(choices[best] in prompt.query.answers))
-    return hits

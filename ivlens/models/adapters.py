@@ -20,6 +20,7 @@ __all__ = [
     "check_stackable",
     "freeze_adapter",
     "fused_adapters",
+    "hub_adapter",
     "is_adapter",
     "merged",
     "record_base",
@@ -37,6 +38,19 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "i
 def is_adapter(path: Any) -> bool:
     """Whether this is a folder with an adapter (or what is left of one)."""
     return isinstance(path, (str, Path)) and any((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
+def hub_adapter(name: str) -> str:
+    """Where an adapter of the hub was downloaded to; anything else as it is."""
+    import huggingface_hub
+
+    if Path(name).exists() or name.count("/") != 1:
+        return name
+    try:
+        huggingface_hub.hf_hub_download(name, CONFIG)
+    except (OSError, ValueError):  # a model, or nothing there: whoever loads it says so
+        return name
+    return huggingface_hub.snapshot_download(name, allow_patterns=["adapter_*", RECORD])
 
 
 def record_base(folder: str | Path, label: str, fingerprint: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,10 @@ from ivlens.models.comparison import without_training
 from ivlens.running.batches import in_batches
 from ivlens.running.injection import Injection
 from ivlens.running.scores import check_finite, measure, normalized
-from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left
+from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left, tokenize
+from ivlens.tasks.prompts import Prompt
 
-__all__ = ["Completions", "choose", "complete"]
+__all__ = ["Completions", "choice_hits", "choose", "complete"]
 
 LEAST_SHARED = 8  # tokens; below, reading a common beginning apart isn't worth a forward pass
 
@@ -111,6 +112,20 @@ def choose(
 
     reader.in_batches(batch_size, work)
     return found
+
+
+def choice_hits(backend: Backend, prompts: Sequence[Prompt], *, batch_size: int = 64) -> list[float]:
+    """1 where the likeliest of a prompt's choices, per character, is a right answer."""
+    options = [[replace(p, query=replace(p.query, output=choice)) for choice in p.query.choices or ()] for p in prompts]
+    flat = iter(tokenize(backend, [prompt for each in options for prompt in each]))
+    answers = [[next(flat).answer for _ in each] for each in options]
+    hits = []
+    for prompt, values in zip(prompts, choose(backend, tokenize(backend, prompts), answers, batch_size=batch_size)):
+        choices = prompt.query.choices or ()
+        # Per character, so that a long option isn't unlikely for its length alone.
+        best = max(range(len(choices)), key=lambda k: values[k] / len(choices[k]))
+        hits.append(float(choices[best] in prompt.query.answers))
+    return hits
 
 
 class _Reader:

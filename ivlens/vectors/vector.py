@@ -18,6 +18,7 @@ from ivlens.models.head import Head
 from ivlens.running.injection import Injection
 from ivlens.running.positions import injected
 from ivlens.vectors.files import FILE, describe, read_vector, write_vector
+from ivlens.vectors.recipe import recipe
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -206,6 +207,16 @@ class InstructionVector:
         from ivlens.plots import plot_shares
 
         return plot_shares(self)
+
+    def recipe(self) -> str:
+        """Python that makes this vector again, for a colleague: versions, model, task, heads, every option, layer and scale.
+
+        Raises
+        ------
+        ValueError
+            If the metadata don't tell, as of sums, and of vectors from a list of prompts.
+        """
+        return recipe(self)
 
     # -- files and the hub ------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
