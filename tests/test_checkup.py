@@ -158,6 +158,12 @@ def test_knowledge_is_asked_by_what_the_answer_says():
 # -- a whole one --------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def randomize(adapted):
+    for i, weight in enumerate(w for n, w in adapted.named_parameters() if ".lora_" in n):
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A base that answers some of a task right, an adapter that changes nothing, and one of random weights."""
@@ -170,9 +176,7 @@ def folder(tmp_path_factory, tokenizer):
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
         adapted = get_peft_model(tiny.ending_model(), config)
         if name == "spoiled":
-            with torch.no_grad():
-                for i, weight in enumerate(w for n, w in adapted.named_parameters() if ".lora_" in n):
-                    weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+            randomize(adapted)
         adapted.save_pretrained(folder / name)
     return folder
 
@@ -249,6 +253,23 @@ def test_the_command_line_stops_a_job(folder, own, tmp_path):
     assert (
         missing.exit_code == 2 and "error: " in missing.output and not (tmp_path / "nowhere" / "checkup.json").exists()
     )
+
+
+@pytest.mark.slow
+def test_random_weights_are_told_on_smollm2(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from ivlens.models.loading import load_hf
+
+    adapted = get_peft_model(
+        load_hf("smollm2")[0], LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    randomize(adapted)
+    adapted.save_pretrained(tmp_path)
+    tasks = ivl.load_tasks("present_past")
+    found = ivl.checkup("smollm2", tmp_path, tasks, fast=True, n_prompts=20, progress=False)
+    told = row(found, "present_past")
+    assert (found.exit_status, told.verdict, told.after) == (2, "gone", 0) and told.vector_before > 0.3
 
 
 @pytest.mark.model

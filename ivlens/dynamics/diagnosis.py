@@ -136,7 +136,7 @@ class Checkup:
         rows = []
         for row in self._table.itertuples():
             shown = {"skill": row.skill, "before": _percent(row.before), "after": _percent(row.after)}
-            shown["change"] = f"{_points(row.change)} [{_points(row.low)}, {_points(row.high)}]"
+            shown["change (points)"] = f"{_points(row.change)} [{_points(row.low)}, {_points(row.high)}]"
             shown["verdict"] = row.verdict
             if self.fell:
                 pair = f"{_percent(row.vector_before)} → {_percent(row.vector_after)}"
