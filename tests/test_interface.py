@@ -31,10 +31,10 @@ SHARED = {
 # Where the word is about something else, or the base model, which is opened here.
 OTHERWISE = {
     "batch_size": {"continual.run", "fine_tune"},
-    "instruction": {"AnswerProbabilities", "Example", "Prompt", "Task.from_records", "build_prompts"},
+    "instruction": {"AnswerProbabilities", "Example", "Prompt", "Task.from_records", "build_prompts", "checkup"},
     "model": {"IVTrainer", "continual.run", "fine_tune", "track"},
-    "shots": {"Guidance", "build_prompts"},
-    "style": {"Prompt", "build_prompts"},
+    "shots": {"Guidance", "build_prompts", "checkup"},
+    "style": {"Prompt", "build_prompts", "checkup"},
     "tasks": {"HeadEffects", "TaskSuite"},
     "template": {"Prompt", "build_prompts"},
 }
@@ -162,4 +162,4 @@ def test_the_same_word_comes_in_the_same_order():
         if not isinstance(function, type) and p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty
     }
     lists = {("load_tasks", "names"), ("continual.load_general", "folder"), ("continual.load_sequence", "folder")}
-    assert unnamed == {("load_model", "name"), ("extract_vector", "heads"), *lists}
+    assert unnamed == {("load_model", "name"), ("extract_vector", "heads"), ("checkup", "skills"), *lists}

@@ -188,6 +188,7 @@ def collect(
     FileNotFoundError
         If the folder holds no scores with these options.
     """
+    arguments.pop("progress", None)  # of `run`, whose call may be copied
     look = {"shots": shots, "instruction": instruction, "style": style, "general_shots": general_shots}
     training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "lora": lora, "dtype": dtype}
     scored = {"n_prompts": n_prompts, "split": split, "metric": metric, "general_after": general_after}

@@ -74,7 +74,7 @@ def checkup(
     shots, instruction, style
         How prompts ask; see `build_prompts`. Where answers are free: told, in style `chat`, without demonstrations.
     n_prompts
-        Test prompts per skill; default 100, of free answers 48 (`fast`: 50 and 20), or as many as there are.
+        Prompts per task, of the test split; default 100, of free answers 48 (`fast`: 50 and 20), or as many as there are.
     max_new_tokens
         How long free answers may be.
     folder

@@ -94,7 +94,7 @@ class Checkup:
         return self._table.copy()
 
     def turned(self, skill: str, n: int = 3) -> pd.DataFrame:
-        """The first answers that were right before and are wrong now: `query`, `before`, `after`."""
+        """The first `n` answers to a `skill` that were right before and are wrong now: `query`, `before`, `after`."""
         asked = self.scores[(self.scores["skill"] == skill) & self.scores["asked"] & (self.scores["added"] == "")]
         both = asked.pivot(index=["prompt", "query"], columns="model", values=["hit", "text"])
         some = both[both["hit"][BEFORE].gt(both["hit"][AFTER])].head(n)["text"].reset_index("query")
@@ -111,7 +111,7 @@ class Checkup:
         return plot_checkup(self)
 
     def save(self, path: str | Path) -> Path:
-        """Save to one JSON file, which begins with what machines ask: `exit_status`, `fell`, `skills` (the rows of `to_dataframe`)
+        """Save to `path`, one JSON file, which begins with what machines ask: `exit_status`, `fell`, `skills` (the rows of `to_dataframe`)
         and `advice`."""
         told = {"exit_status": self.exit_status, "fell": self.fell, "skills": _records(self._table)}
         told |= {"advice": self.advice(), "metadata": self.metadata}
@@ -119,7 +119,7 @@ class Checkup:
 
     @classmethod
     def load(cls, path: str | Path) -> Checkup:
-        """Load what `save` wrote."""
+        """Load what `save` wrote to `path`."""
         content = read_json(path, FILE)
         heads = pd.DataFrame(content["heads"], columns=["skill", "head", "written"])
         return cls(pd.DataFrame(content["scores"]), heads, content["metadata"])
@@ -153,7 +153,13 @@ class Checkup:
         return pd.DataFrame([self._row(skill, max(len(counting), 1), skill in counting) for skill in self.skills])
 
     def hits(self, skill: str, model: str, asked: bool, added: str = "") -> tuple[np.ndarray, list[Any]]:
-        """[prompt], and what each prompt asks; empty where that wasn't measured."""
+        """Right answers as 1, else 0, [prompt], and what each prompt asks; empty where that wasn't measured.
+
+        Parameters
+        ----------
+        skill, model, asked, added
+            Which of `scores`.
+        """
         some = self.scores
         some = some[(some["skill"] == skill) & (some["model"] == model)]
         some = some[(some["asked"] == asked) & (some["added"] == added)].sort_values("prompt")

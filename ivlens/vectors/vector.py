@@ -164,9 +164,8 @@ class InstructionVector:
         if not isinstance(factor, (int, float)):
             return NotImplemented
         shares = None if self.shares is None else self.shares * factor
-        kept = {
-            k: v for k, v in self.metadata.items() if factor > 0 or k != "projections"
-        }  # these are on its direction
+        # Projections are on its direction.
+        kept = {k: v for k, v in self.metadata.items() if factor > 0 or k != "projections"}
         return replace(self, vector=self.vector * factor, shares=shares, metadata=kept)
 
     __rmul__ = __mul__
@@ -209,12 +208,9 @@ class InstructionVector:
         return plot_shares(self)
 
     def recipe(self) -> str:
-        """Python that makes this vector again, for a colleague: versions, model, task, heads, every option, layer and scale.
+        """Python that makes this vector again: versions, model, task, heads, every option, layer and scale.
 
-        Raises
-        ------
-        ValueError
-            If the metadata don't tell, as of sums, and of vectors from a list of prompts.
+        ValueError if the metadata don't tell, as of sums, and of vectors from a list of prompts.
         """
         return recipe(self)
 
@@ -289,14 +285,9 @@ class InstructionVector:
         return f"InstructionVector({self.name}, d_model {self.d_model}, norm {self.norm():.2f}{heads}{where})"
 
     def _repr_html_(self) -> str:
-        about = {
-            "heads": self.heads,
-            "layer": self.layer,
-            "scale": self.scale,
-            "d_model": self.d_model,
-            "norm": self.norm(),
-        }
-        return about_html({**about, **self.metadata}, title=f"InstructionVector({self.name})")
+        about = {"heads": self.heads, "layer": self.layer, "scale": self.scale}
+        about |= {"d_model": self.d_model, "norm": self.norm(), **self.metadata}
+        return about_html(about, title=f"InstructionVector({self.name})")
 
 
 def _whole(x: Any, name: str) -> int:
