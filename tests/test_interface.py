@@ -32,7 +32,7 @@ SHARED = {
 OTHERWISE = {
     "batch_size": {"continual.run", "fine_tune"},
     "instruction": {"AnswerProbabilities", "Example", "Prompt", "Task.from_records", "build_prompts", "checkup"},
-    "model": {"IVTrainer", "continual.run", "fine_tune", "track"},
+    "model": {"Checkup.hits", "IVTrainer", "continual.run", "fine_tune", "track"},
     "shots": {"Guidance", "build_prompts", "checkup"},
     "style": {"Prompt", "build_prompts", "checkup"},
     "tasks": {"HeadEffects", "TaskSuite"},

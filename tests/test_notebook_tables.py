@@ -49,6 +49,13 @@ def example(kind: str) -> object:
         rows = [{"checkpoint": NAME, "task": f"{i}", "condition": c, "hit": x} for i in range(100) for c, x in rows]
         rows = pd.DataFrame(rows).assign(prompt=0, query="q")
         return ivl.Recovery(rows, rows.rename(columns={"hit": "accuracy"}).assign(layer=1, scale=1.0))
+    if kind == "Checkup":
+        row = {"asked": True, "added": "", "prompt": 0, "query": "q", "text": "a"}
+        skills = [f"{NAME} {i}" for i in range(100)]
+        rows = [{"skill": x, "model": m, "hit": 1.0, **row} for x in skills for m in ("before", "after")]
+        heads = pd.DataFrame(columns=["skill", "head", "written"])
+        about = {"tolerance": 0.05, "skills": {x: {"chance": 0.0, "not_looked_at": ""} for x in skills}}
+        return ivl.Checkup(pd.DataFrame(rows), heads, about)
     if kind == "Plan":
         about = {"method": NAME, "seed": 0, "stage": 1, "task": "a", "state": "done", "minutes": 0.0}
         return Plan(pd.DataFrame([about] * 100), 1.0, 1.0)
@@ -91,7 +98,7 @@ def kinds() -> list[str]:
     return sorted({x.__name__ for x in [*shows, ivl.Generations]})
 
 
-ROWS = dict.fromkeys(("Change", "Evaluation", "Generations", "Plan", "Recovery", "Task", "TrainingRun"), 100)
+ROWS = dict.fromkeys(("Change", "Checkup", "Evaluation", "Generations", "Plan", "Recovery", "Task", "TrainingRun"), 100)
 ROWS |= {"HeadEffects": 144, "InjectionSearch": 100, "ResidualEffects": 120}
 
 

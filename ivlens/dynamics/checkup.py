@@ -79,6 +79,10 @@ def checkup(
         How long free answers may be.
     folder
         Where to keep what is done, so that an interrupted run goes on there, the old vectors, and the result in `checkup.json`.
+    seed
+        Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
 
     Raises
     ------
