@@ -43,6 +43,7 @@ from .dynamics.restoring import recover as recover
 from .dynamics.recovery import Recovery as Recovery
 from .training.trainer import IVTrainer as IVTrainer
 from .training.guidance import Guidance as Guidance
+from .explore import explore as explore
 from .report import Section as Section, write_report as write_report
 from .tasks.checks import passes as passes, register_check as register_check
 from .running.answers import with_own_answers as with_own_answers
