@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +20,8 @@ from ivlens.common.hints import reason
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.plots import maps
-from ivlens.plots.colours import INK, MARK
-from ivlens.plots.style import finish
+from ivlens.plots.clickable import clickable_map, map_content
+from ivlens.plots.colours import MARK
 from ivlens.plots.words import plain, with_minus
 from ivlens.running.injection import POSITIONS
 from ivlens.steering.exploration import SAID, Exploration, Setting, View
@@ -31,13 +31,10 @@ from ivlens.tasks.suite import TaskSuite
 from ivlens.tasks.task import Task
 from ivlens.vectors.vector import InstructionVector
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 __all__ = ["Panel", "explore"]
 
 PAUSE = 0.005  # seconds between two tokens in which the kernel hears of newer movements
-CELL = "padding:4px 10px;text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
+CELL = "padding:4px 10px;text-align:left;vertical-align:top;white-space:pre-wrap"
 
 
 def explore(
@@ -104,7 +101,6 @@ class Panel:
 
     def __init__(self, exploration: Exploration, setting: Setting, max_new_tokens: int | None = None):
         import ipywidgets as w
-        import plotly.graph_objects as go
 
         self.exploration, self._first, self._most = exploration, setting, max_new_tokens
         self._loop, self._task, self._asked, self._clicks = asyncio.get_running_loop(), None, 0, []
@@ -119,16 +115,20 @@ class Panel:
         self._names = {n: w.ToggleButton(value=n in setting.names, description=n) for n in exploration.given}
         self._layer = w.IntSlider(description="layer", **place, **slider)
         self._scale = w.FloatSlider(description="scale", **size, **slider)
-        at = {"options": POSITIONS, "value": setting.positions, "style": {"button_width": "84px"}}
+        at = {
+            "options": POSITIONS,
+            "value": setting.positions,
+            "style": {"button_width": "96px", "description_width": "60px"},
+        }
         self._positions = w.ToggleButtons(description="positions", **at)
         self._said, self._about, self._likely, self._heads = (w.HTML(layout=whole) for _ in range(4))
-        self._map = go.FigureWidget(_map(exploration, setting))
+        self._map = clickable_map(_map(exploration, setting))
         for control in (self._text, self._layer, self._scale, self._positions):
             control.observe(self._moved, "value")
         for button in self._names.values():
             button.observe(self._chosen, "value")
-        self._map.data[0].on_click(self._clicked)
-        numbers = w.VBox([self._likely, self._heads], layout=w.Layout(flex="1 1 0", min_width="300px"))
+        self._map.observe(self._clicked, "clicked")
+        numbers = w.VBox([self._likely, self._heads], layout=w.Layout(flex="1 1 0", overflow="auto"))
         places = w.Box([*self._names.values(), self._layer, self._scale, self._positions], layout=row)
         self.widget = w.VBox([self._text, places, self._said, self._about, w.HBox([self._map, numbers])])
         self._moved()
@@ -169,10 +169,10 @@ class Panel:
         self._heads_are_old = True
         self._moved()
 
-    def _clicked(self, trace: Any, points: Any, state: Any) -> None:
-        if points.ys:
-            self._clicks.append(Head(int(points.ys[0]), int(points.xs[0])))
-            self._moved()
+    def _clicked(self, change: Any) -> None:
+        layer, head, _ = change["new"]
+        self._clicks.append(self.exploration.backend.check_head(layer, head))
+        self._moved()
 
     # -- answered, on the kernel's main thread ----------------------------------------------------------------------
     def _wake(self) -> None:
@@ -216,17 +216,12 @@ class Panel:
     def _show_heads(self, setting: Setting) -> None:
         more = [] if self._last_click is None else [self._last_click]
         self._heads.value = _heads(self.exploration.about_heads(setting, more), self._last_click)
-        new = _map(self.exploration, setting)
-        with self._map.batch_update():
-            self._map.layout.shapes = new.layout.shapes
-            self._map.data[0].update(z=new.data[0].z, hovertext=new.data[0].hovertext)
+        self._map.content = _map(self.exploration, setting)
         self._heads_are_old = False
 
 
-def _map(exploration: Exploration, setting: Setting) -> go.Figure:
+def _map(exploration: Exploration, setting: Setting) -> dict[str, Any]:
     """Every head's effect, or where none are given its share; outlined those that are in the chosen vectors."""
-    import plotly.graph_objects as go
-
     values, shares = np.zeros(exploration.shape), [exploration.shares(name) for name in setting.names]
     inside = {head for each in shares for head in each}
     known = exploration.effects is not None
@@ -235,15 +230,7 @@ def _map(exploration: Exploration, setting: Setting) -> go.Figure:
     else:
         for head in inside:
             values[head] = sum(each.get(head, 0.0) for each in shares) / len(shares)
-    size = maps.map_size(*values.shape, room=420)
-    hover = maps.hover_heads(values, np.full(values.shape, np.nan))
-    figure = go.Figure(maps.heatmap(values, hover, size, **maps.diverging([values])))
-    for head in inside:
-        maps.outline(figure, head.head, head.layer, INK)
-    maps.colorbar(figure, "effect" if known else "share")
-    maps.grid_axes(figure, values.shape, size)
-    notes = ["outlined: in the vector. Click to drop or to add."]
-    return finish(figure, "Heads", notes, width=size[0], height=size[1], right=96)
+    return map_content(values, inside, "Effect of each head" if known else "Share of each head")
 
 
 def _texts(said: Generations, setting: Setting) -> str:
@@ -252,7 +239,9 @@ def _texts(said: Generations, setting: Setting) -> str:
     columns = [f'<th style="{CELL};width:{100 // len(row)}%">{html.escape(name)}</th>' for name in row]
     cells = [f'<td style="{CELL}">{html.escape(text)}</td>' for text in row.values()]
     mark = f'class="ivl-said" data-layer="{setting.layer}" data-scale="{setting.scale:g}"'
-    return f'<table {mark} style="width:100%;table-layout:fixed"><tr>{"".join(columns)}</tr><tr>{"".join(cells)}</tr></table>'
+    look = "width:100%;table-layout:fixed;overflow-wrap:anywhere"
+    rows = f"<tr>{''.join(columns)}</tr><tr>{''.join(cells)}</tr>"
+    return f'<table {mark} style="{look}">{rows}</table>'
 
 
 def _probabilities(likely: pd.DataFrame) -> str:
@@ -275,4 +264,4 @@ def _heads(about: pd.DataFrame, clicked: Head | None) -> str:
         cells = "".join(f'<td style="{CELL}">{text}</td>' for text in shown.values())
         rows.append(f'<tr style="font-weight:{"bold" if row["head"] == clicked else "normal"}">{cells}</tr>')
     head = "".join(f"<th>{html.escape(name)}</th>" for name in about.columns)
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table><small>Tokens: {SAID}.</small>"
+    return f"<table class='ivl-heads'><tr>{head}</tr>{''.join(rows)}</table><small>Tokens: {SAID}.</small>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pandas as pd
 import pytest
@@ -258,7 +258,10 @@ def test_the_panel_shows_the_newest_movement_and_drops_older_ones(model, vectors
             expected = ivl.generate(model, panel.prompt, vector=panel.vectors, max_new_tokens=8)
             for text in expected.texts.values():
                 assert html.escape(text[0]) in panel._said.value
-        assert [v.heads for v in panel.vectors] == [tuple(HEADS[1:])] * 2 and len(panel._map.layout.shapes) == 2
+        assert [v.heads for v in panel.vectors] == [tuple(HEADS[1:])] * 2 and panel._map.content["outlined"] == [
+            [1, 0],
+            [2, 3],
+        ]
         assert [v.metadata["positions"] for v in panel.vectors] == ["generated"] * 2
         click(panel, Head(2, 0))  # what it writes isn't known
         await asyncio.sleep(0)
@@ -270,6 +273,21 @@ def test_the_panel_shows_the_newest_movement_and_drops_older_ones(model, vectors
         assert "TooLongError" in panel._about.value
 
     asyncio.run(used())
+
+
+def test_the_map_shows_effects_or_shares_by_colour(model, made, effects):
+    from ivlens.explore import _map
+
+    drawn = _map(Exploration(model, made, effects=effects), setting())
+    largest = divmod(int(effects.mean().abs().argmax()), 4)
+    ends = {"rgb(178, 24, 43)", "rgb(33, 102, 172)"}
+    assert [at for at in product(range(3), range(4)) if drawn["colours"][at[0]][at[1]] in ends] == [largest]
+    assert drawn["outlined"] == [[0, 1], [1, 0], [2, 3]] and drawn["hover"][2][3].startswith("L2H3  ")
+    shares = _map(Exploration(model, made), setting())
+    assert [
+        at for at in product(range(3), range(4)) if shares["colours"][at[0]][at[1]] != "rgb(247, 247, 247)"
+    ] == HEADS
+    assert shares["caption"][0] == "Share of each head" and drawn["caption"][0] == "Effect of each head"
 
 
 def test_what_is_written_is_text_not_html():
@@ -291,6 +309,4 @@ def test_what_is_written_is_text_not_html():
 
 def click(panel, head: Head) -> None:
     """As the front end reports it."""
-    from plotly.callbacks import Points
-
-    panel._map.data[0]._dispatch_on_click(Points(xs=[head.head], ys=[head.layer], point_inds=[[*head]]), None)
+    panel._map.clicked = [*head, 0 if not panel._map.clicked else panel._map.clicked[2] + 1]
