@@ -7,7 +7,7 @@ PINS   := pyproject.toml constraints.txt requirements-model.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint docs benchmark clean
+.PHONY: help demo test notebook lint docs benchmark clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -19,6 +19,9 @@ demo: .venv/installed  ## locate heads, extract vectors and steer the small buil
 test: .venv/installed-test .venv-tl39/installed-test  ## run the tests, on TransformerLens 4 and on 3.9
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 	.venv-tl39/bin/python -m pytest -q -m model -n 2 --dist loadfile
+
+notebook: .venv/installed-notebook  ## open notebooks/ in JupyterLab
+	.venv/bin/jupyter lab notebooks
 
 lint: .venv/installed-dev  ## check style
 	.venv/bin/ruff check .

@@ -46,6 +46,7 @@ from .dynamics.diagnosis import Checkup as Checkup
 from .training.trainer import IVTrainer as IVTrainer
 from .training.guidance import Guidance as Guidance
 from .vectors.export import export_vector as export_vector, import_vector as import_vector
+from .explore import explore as explore
 from .report import Section as Section, write_report as write_report
 from .tasks.checks import passes as passes, register_check as register_check
 from .running.answers import with_own_answers as with_own_answers

@@ -35,7 +35,7 @@ OTHERWISE = {
     "model": {"Checkup.hits", "IVTrainer", "continual.run", "fine_tune", "track"},
     "shots": {"Guidance", "build_prompts", "checkup"},
     "style": {"Prompt", "build_prompts", "checkup"},
-    "tasks": {"HeadEffects", "TaskSuite"},
+    "tasks": {"HeadEffects", "TaskSuite", "explore"},
     "template": {"Prompt", "build_prompts"},
 }
 

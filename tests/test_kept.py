@@ -42,8 +42,9 @@ SAME = {  # where results are kept, what is shown, and how much is done at a tim
     checkup: {"folder", "progress", "tolerance"},  # by which answers are judged, not given
     runner.experiment: {"folder"},
 }
-BESIDE = {  # `run` and `collect` pass theirs on to `experiment`, `compare` to `track`, `find_heads` to `locate_heads`; the rest read a folder
-    ("run", "progress"), ("run", "dry_run"), "collect", "compare", "find_heads", "load_general", "load_sequence", "settled", "usable_checkpoint",
+BESIDE = {  # `run` and `collect` pass theirs on to `experiment`, `compare` to `track`, `find_heads` to `locate_heads`; others read a folder
+    ("run", "progress"), ("run", "dry_run"), "collect", "compare", "find_heads", "load_general", "load_sequence", "settled",
+    "usable_checkpoint",
 }  # fmt: skip
 
 

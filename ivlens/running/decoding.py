@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,16 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
-from ivlens.models.comparison import without_training
-from ivlens.running.batches import in_batches
+from ivlens.models.comparison import evaluating, without_training
+from ivlens.running.continuing import Reader, Run
 from ivlens.running.injection import Injection
 from ivlens.running.scores import check_finite, measure, normalized
-from ivlens.running.tokens import TokenizedPrompt, common_beginning, fill_right, pad_left, tokenize
+from ivlens.running.tokens import TokenizedPrompt, fill_right, pad_left, tokenize
 from ivlens.tasks.prompts import Prompt
 
-__all__ = ["Completions", "choice_hits", "choose", "complete"]
-
-LEAST_SHARED = 8  # tokens; below, reading a common beginning apart isn't worth a forward pass
+__all__ = ["Completions", "choice_hits", "choose", "complete", "stream"]
 
 
 @dataclass
@@ -63,29 +59,70 @@ def complete(
         injection.check_rows(len(rows))
     if wanted is not None:
         wanted = [[normalized(backend.tokenizer, text) for text in texts] for texts in wanted]
-    reader = _Reader(backend, rows)
+    reader = Reader(backend, rows)
     chosen_by = partial(_chosen, temperature=temperature, generator=torch.Generator(backend.device).manual_seed(seed))
 
     def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
         plain = reader.read(tokens, mask)
         for name, injection in injections.items():
-            everywhere = injection is not None and injection.everywhere
             if injection is not None and injection.per_row:
                 injection = injection.of_rows(index)
-            cache = reader.read(tokens, mask, injection) if everywhere else plain
-            begin = partial(_Run, backend, tokens, mask, cache, injection)
+            begin = reader.runs(tokens, mask, plain, injection)
             if rows[index[0]].answer:
                 for i, *scores in zip(index, *_score(begin(), [rows[i].answer for i in index])):
                     done[name].first_token[i], done[name].log_probability[i] = scores
             if max_new_tokens:
                 only = None if wanted is None else [wanted[i] for i in index]
-                for i, text in zip(index, _decode(begin(), max_new_tokens, stop, only, chosen_by)):
+                for texts, _ in _decode(begin(), max_new_tokens, stop, only, chosen_by):
+                    written = texts
+                for i, text in zip(index, written):
                     done[name].texts[i] = text
             if bar is not None:
                 bar.update(len(index))
 
     reader.in_batches(batch_size, work)
     return done
+
+
+def stream(
+    backend: Backend,
+    row: TokenizedPrompt,
+    injections: Mapping[Hashable, Injection | None],
+    *,
+    max_new_tokens: int,
+    stop: str | None = "\n",
+) -> Iterator[tuple[Hashable, str, Tensor]]:
+    """What `complete` writes after one prompt, as it is written: one token under each injection in turn.
+
+    Gives the injection's name, its text so far, and the logits [d_vocab] that its last token was chosen by. Between two tokens
+    the model is as without us, so whoever reads may stop at any.
+    """
+
+    for injection in filter(None, injections.values()):
+        injection.check_rows(1)
+
+    def begun(injection: Injection | None, reader: Reader, *prompt: Any) -> Iterator[tuple[list[str], Tensor]]:
+        yield from _decode(reader.runs(*prompt, injection)(), max_new_tokens, stop, None, _chosen)
+
+    def in_turn() -> Iterator[tuple[Hashable, str, Tensor]]:
+        reader, (tokens, mask) = Reader(backend, [row]), pad_left([row.prompt], row.prompt[0], backend.device)
+        prompt = tokens, mask, reader.read(tokens, mask)
+        still_open = {name: begun(injection, reader, *prompt) for name, injection in injections.items()}
+        while still_open:
+            for name, steps in list(still_open.items()):
+                step = next(steps, None)
+                if step is None:
+                    del still_open[name]
+                else:
+                    yield name, step[0][0], step[1][0, -1]
+
+    steps = in_turn()
+    while True:
+        with evaluating(backend.model, getattr(backend.model, "original_model", backend.model)), torch.inference_mode():
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 @without_training
@@ -99,14 +136,14 @@ def choose(
 ) -> list[list[float]]:
     """Log-probability (nats) of each of a prompt's choices as its answer, the prompt read once for all of them."""
     found: list[list[float]] = [[] for _ in rows]
-    reader = _Reader(backend, rows)
+    reader = Reader(backend, rows)
 
     def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
         cache, columns = reader.read(tokens, mask), []
         for k in range(max(len(choices[i]) for i in index)):
             # Where a prompt has fewer choices, its last one runs along and isn't counted.
             answers = [choices[i][min(k, len(choices[i]) - 1)] for i in index]
-            columns.append(_score(_Run(backend, tokens, mask, cache, None), answers)[1])
+            columns.append(_score(Run(backend, tokens, mask, cache, None), answers)[1])
         for i, values in zip(index, zip(*columns)):
             found[i] = list(values[: len(choices[i])])
 
@@ -128,122 +165,7 @@ def choice_hits(backend: Backend, prompts: Sequence[Prompt], *, batch_size: int 
     return hits
 
 
-class _Reader:
-    """Reads prompts up to their last token; what all of them begin with, such as the same demonstrations, only once."""
-
-    def __init__(self, backend: Backend, rows: Sequence[TokenizedPrompt]):
-        self.backend, self.prompts = backend, [row.prompt for row in rows]
-        # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
-        self.hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
-        self.beginning = common_beginning([prompt[:-1] for prompt in self.prompts]) if len(rows) > 1 else ()
-        self.caches: dict[int | None, Any] = {}
-
-    def in_batches(self, batch_size: int, work: Callable[[list[int], Tensor, Tensor], None]) -> None:
-        """Give `work` the numbers of some prompts, their tokens, padded on the left, and their mask, until all are done."""
-
-        def padded(index: list[int]) -> None:
-            some = [self.prompts[i] for i in index]
-            work(index, *pad_left(some, some[0][0], self.backend.device))
-
-        in_batches(list(map(len, self.prompts)), batch_size, padded)
-
-    def read(self, tokens: Tensor, mask: Tensor, injection: Injection | None = None) -> Any:
-        """Keys and values of all but the last prompt token (None for prompts of one token, and under others' hooks)."""
-        if tokens.shape[1] == 1 or self.hooked:
-            return None
-        n = 0 if injection is not None and injection.per_row else len(self.beginning)
-        if n < LEAST_SHARED:
-            n, cache = 0, self.backend.new_cache(tokens.shape[0])
-        else:
-            cache = self.backend.spread_cache(self._cache_of_beginning(injection), mask[:, :n])
-        if tokens.shape[1] - 1 > n:
-            with _injected(self.backend, injection, _before):
-                self.backend.forward(tokens[:, n:-1], mask[:, :-1], cache=cache)
-        return cache
-
-    def _cache_of_beginning(self, injection: Injection | None) -> Any:
-        key = None if injection is None else id(injection)
-        if key not in self.caches:
-            self.caches[key] = self.backend.new_cache(1)
-            tokens = torch.tensor([self.beginning], device=self.backend.device)
-            with _injected(self.backend, injection, _before):
-                self.backend.forward(tokens, torch.ones_like(tokens), cache=self.caches[key])
-        return self.caches[key]
-
-
-def _before(positions: str) -> slice | None:
-    """Which of the columns before the last prompt token."""
-    return slice(None) if positions == "all" else None
-
-
-@contextmanager
-def _injected(
-    backend: Backend,
-    injection: Injection | None,
-    columns: Callable[[str], slice | None],
-    end: int | None = None,
-    opened: dict[int, Tensor] | None = None,
-) -> Iterator[None]:
-    """Add to these columns of the forward passes inside, by positions; `end` is the prompt's last one, for gates."""
-    if injection is None:
-        yield
-        return
-
-    def adder(positions: str) -> Callable[[Tensor, Tensor], Tensor] | None:
-        if (here := columns(positions)) is None:
-            return None
-
-        def add(x: Tensor, change: Tensor) -> Tensor:
-            changed = x.clone()
-            changed[:, here] = (x + change)[:, here]
-            return changed
-
-        return add
-
-    awaited: set[int] = set()
-    with backend.model.hooks(fwd_hooks=injection.hooks(backend, adder, awaited, end, opened)):
-        yield
-    if awaited:
-        raise RuntimeError(f"nothing was injected after layer(s) {sorted(awaited)}")
-
-
-class _Run:
-    """A batch of prompts about to be continued, from a cache of all but their last token or from nothing."""
-
-    def __init__(self, backend: Backend, tokens: Tensor, mask: Tensor, cache: Any, injection: Injection | None):
-        self.backend, self.mask, self.injection = backend, mask, injection
-        self.fed = tokens if cache is None else tokens[:, -1:]
-        self.cache = backend.new_cache(len(tokens)) if cache is None else copy.deepcopy(cache)
-        self.opened: dict[int, Tensor] = {}  # which rows' gates are open, once the prompt's last token has been seen
-
-    def first(self) -> Tensor:
-        """Logits after the prompt, [batch 1 d_vocab]."""
-        end = self.fed.shape[1] - 1
-        with _injected(
-            self.backend, self.injection, lambda at: slice(0 if at == "all" else end, None), end, self.opened
-        ):
-            return self.backend.forward(self.fed, self.mask, cache=self.cache)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token, [batch 1 d_vocab]."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        with _injected(
-            self.backend, self.injection, lambda at: None if at == "last" else slice(None), None, self.opened
-        ):
-            return self.backend.forward(tokens, self.mask, cache=self.cache)
-
-    def along(self, answers: Tensor) -> Tensor:
-        """Logits along given answers, [batch answer d_vocab]."""
-        length = answers.shape[1]
-        if self.fed.shape[1] > 1:  # hooks around us look for the prompt's last token, so answer tokens come one by one
-            return torch.cat([self.first(), *(self.step(answers[:, j : j + 1]) for j in range(length - 1))], dim=1)
-        fed = torch.cat([self.fed, answers[:, :-1]], dim=1)
-        mask = torch.cat([self.mask, self.mask.new_ones(len(answers), length - 1)], dim=1)
-        with _injected(self.backend, self.injection, lambda at: slice(0, 1 if at == "last" else None), 0, self.opened):
-            return self.backend.forward(fed, mask, cache=self.cache, keep=length)
-
-
-def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], list[float]]:
+def _score(run: Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], list[float]]:
     """First-token hit and log-probability of each answer, teacher-forced."""
     answers, counted = fill_right(given, run.fed.device)
     logits = run.along(answers)
@@ -252,12 +174,13 @@ def _score(run: _Run, given: Sequence[tuple[int, ...]]) -> tuple[list[float], li
 
 
 def _decode(
-    run: _Run,
+    run: Run,
     max_new_tokens: int,
     stop: str | None,
     wanted: Sequence[Sequence[str]] | None,
     chosen_by: Callable[[Tensor], Tensor],
-) -> list[str]:
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The rows' texts after every step (the same list), and the logits [batch 1 d_vocab] that it chose by."""
     tokenizer, ends, n = run.backend.tokenizer, set(run.backend.end_tokens), len(run.fed)
     written: list[list[int]] = [[] for _ in range(n)]
     texts, open_rows = [""] * n, set(range(n))
@@ -277,10 +200,10 @@ def _decode(
                 open_rows.discard(row)
             elif wanted is not None and not any(_may_become(normalized(tokenizer, texts[row]), x) for x in wanted[row]):
                 open_rows.discard(row)
+        yield texts, logits
         if not open_rows or step == max_new_tokens - 1:
             break
         logits = run.step(last)
-    return texts
 
 
 def _may_become(text: str, wanted: str) -> bool:
@@ -289,7 +212,7 @@ def _may_become(text: str, wanted: str) -> bool:
     return whole.startswith(begun.rstrip("\ufffd"))  # half a character
 
 
-def _chosen(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def _chosen(logits: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """The next tokens, [batch 1]: the likeliest, or sampled."""
     best = logits.max(-1, keepdim=True)
     check_finite(best.values, logits.dtype)

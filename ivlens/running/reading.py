@@ -1,4 +1,4 @@
-"""What a model does on prompts, read at their last token in one forward pass each."""
+"""What a model does on prompts, read at their last token in one forward pass each; what it would say of a direction alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ivlens.running.batches import in_batches
 from ivlens.running.scores import measure
 from ivlens.running.tokens import TokenizedPrompt, fed_with_answers
 
-__all__ = ["Reading", "read_prompts"]
+__all__ = ["Reading", "read_prompts", "unembedded"]
 
 SCORES = ("accuracy", "log_probability")
 
@@ -90,3 +90,27 @@ def _read_batch(
         for name in SCORES:
             read[name] = measure(name, logits[:, None], answers, counted)[:, 0].cpu()
     return read
+
+
+@without_training
+@torch.inference_mode()
+def unembedded(backend: Backend, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """Logits where the residual stream after the last layer is nothing but a direction, at its final norm's usual length.
+
+    Less those of an empty residual stream, which are biases, and centred: a token at 0 gains as much as the average one.
+    """
+    given = torch.cat([directions, torch.zeros_like(directions[:1])])
+    given = given * backend.d_model**0.5 / given.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    fired: list[bool] = []
+
+    def put(x: Tensor, hook: Any) -> Tensor:
+        fired.append(True)
+        return given.to(x)[:, None]
+
+    tokens = torch.zeros(len(given), 1, dtype=torch.long, device=backend.device)
+    with backend.model.hooks(fwd_hooks=[(backend.resid_hook(backend.n_layers - 1), put)]):
+        logits = backend.forward(tokens, torch.ones_like(tokens))[:, 0].float()
+    if not fired:
+        raise RuntimeError(f"nothing was put after layer {backend.n_layers - 1}: did its hook move?")
+    logits = logits[:-1] - logits[-1]
+    return logits - logits.mean(-1, keepdim=True)

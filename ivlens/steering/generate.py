@@ -102,16 +102,24 @@ def generate(
         plus = Injection.of(backend, vector, scale=scale, **options)
         injections["+ vector"] = plus
         injections["− vector"] = -plus
-    built = [p for p in prompts if isinstance(p, Prompt)]
-    if max_new_tokens is None:
-        max_new_tokens = 40 if any(p.query.check for p in built) else 10
-    stop = common_stop(built) if stop == "auto" else stop
+    max_new_tokens, stop = limits(prompts, max_new_tokens, stop)
     done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size)
-    shown = [_said(p, backend.tokenizer) for p in prompts]
+    shown = [as_asked(p, backend.tokenizer) for p in prompts]
     return Generations(shown, {name: c.texts for name, c in done.items()})
 
 
-def _said(prompt: str | Prompt | Tensor, tokenizer: Any) -> str:
+def limits(
+    prompts: Sequence[str | Prompt | Tensor], max_new_tokens: int | None = None, stop: str | None = "auto"
+) -> tuple[int, str | None]:
+    """How long continuations get, and the text that ends them; see `generate`."""
+    built = [p for p in prompts if isinstance(p, Prompt)]
+    if max_new_tokens is None:
+        max_new_tokens = 40 if any(p.query.check for p in built) else 10
+    return max_new_tokens, common_stop(built) if stop == "auto" else stop
+
+
+def as_asked(prompt: str | Prompt | Tensor, tokenizer: Any) -> str:
+    """A prompt's text; of one in style `chat`, what the user says."""
     if isinstance(prompt, Tensor):
         return tokenizer.decode(prompt.flatten())
     if isinstance(prompt, str) or prompt.style != "chat":
