@@ -34,6 +34,7 @@ from ivlens.vectors.vector import InstructionVector
 __all__ = ["Panel", "explore"]
 
 PAUSE = 0.005  # seconds between two tokens in which the kernel hears of newer movements
+DENSE = "line-height:20px"
 CELL = "padding:4px 10px;text-align:left;vertical-align:top;white-space:pre-wrap"
 
 
@@ -241,7 +242,7 @@ def _texts(said: Generations, setting: Setting) -> str:
     columns = [f'<th style="{CELL};width:{100 // len(row)}%">{html.escape(name)}</th>' for name in row]
     cells = [f'<td style="{CELL}">{html.escape(text)}</td>' for text in row.values()]
     mark = f'class="ivl-said" data-layer="{setting.layer}" data-scale="{setting.scale:g}"'
-    look = "width:100%;table-layout:fixed;overflow-wrap:anywhere"
+    look = f"{DENSE};width:100%;table-layout:fixed;overflow-wrap:anywhere"
     rows = f"<tr>{''.join(columns)}</tr><tr>{''.join(cells)}</tr>"
     return f'<table {mark} style="{look}">{rows}</table>'
 
@@ -254,7 +255,7 @@ def _probabilities(likely: pd.DataFrame) -> str:
         bars = (f"linear-gradient(to right, #0072b240 {p:.1%}, transparent {p:.1%})" for p in row)
         cells = (f'<td style="padding:0 8px;width:90px;background:{bar}">{p:.1%}</td>' for bar, p in zip(bars, row))
         rows.append(f"<tr><td><code>{html.escape(str(token))}</code></td>{''.join(cells)}</tr>")
-    return f"<table><tr><th>next token</th>{head}</tr>{''.join(rows)}</table>"
+    return f"<table style='{DENSE}'><tr><th>next token</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _heads(about: pd.DataFrame, clicked: Head | None) -> str:
@@ -266,4 +267,6 @@ def _heads(about: pd.DataFrame, clicked: Head | None) -> str:
         cells = "".join(f'<td style="{CELL}">{text}</td>' for text in shown.values())
         rows.append(f'<tr style="font-weight:{"bold" if row["head"] == clicked else "normal"}">{cells}</tr>')
     head = "".join(f"<th>{html.escape(name)}</th>" for name in about.columns)
-    return f"<table class='ivl-heads'><tr>{head}</tr>{''.join(rows)}</table><small>Tokens: {SAID}.</small>"
+    return (
+        f"<table class='ivl-heads' style='{DENSE}'><tr>{head}</tr>{''.join(rows)}</table><small>Tokens: {SAID}.</small>"
+    )

@@ -28,6 +28,7 @@ MISSING = [m for m in ("jupyterlab", "anywidget", "ipywidgets", "nbformat", "sel
 MISSING += [p for p in ("chromium", "chromedriver") if shutil.which(p) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}; see CONTRIBUTING.md"),
 ]
 

@@ -37,3 +37,22 @@ def test_notebook_runs_and_shows_something_in_its_last_cell(path, tmp_path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     assert cells[-1].outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widgets", [False, True])
+def test_bars_in_a_kernel_need_no_widgets_and_print_no_warning(widgets):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    if widgets:
+        pytest.importorskip("ipywidgets")
+    block = "" if widgets else "import sys; sys.modules['ipywidgets'] = None"
+    source = (
+        "import ivlens as ivl\nfrom ivlens.running.reading import tqdm\nfor _ in tqdm(range(3), desc='some bar'): pass"
+    )
+    cells = [nbformat.v4.new_code_cell(text) for text in (block, source)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=600).execute()
+    shown = notebook.cells[1].outputs
+    text = str(shown)
+    assert "Warning" not in text and "IProgress" not in text
+    assert ("widget-view" in text) == widgets and ("some bar" in text or widgets)
