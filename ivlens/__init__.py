@@ -11,9 +11,8 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-if (
-    "ipykernel" in sys.modules
-):  # without ipywidgets bars are text there, about which tqdm warns once, when it is imported
+if "ipykernel" in sys.modules:
+    # Without ipywidgets bars are text there, about which tqdm warns once, when it is imported.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "IProgress not found")
         import tqdm.auto  # noqa: F401
