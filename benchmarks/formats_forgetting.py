@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from formats import LOOK, TOKENS, Study, show
+from formats import LOOK, N_HEADS, TOKENS, Study, show
 
 import ivlens as ivl
 from ivlens.common.keys import key
@@ -35,7 +35,7 @@ from ivlens.tasks.checks import passes
 NEW = ("english_french", "object_counting", "alphabetically_first")
 METHODS = ("lora", "iv", "averaging")
 N_TEST = 24  # test questions per constraint and run
-N_OWN = 24  # told questions behind similarity and probabilities
+N_OWN = 24  # told training questions behind similarity
 
 
 class Forgetting:
@@ -130,15 +130,30 @@ class Forgetting:
             print("done", label, flush=True)
         return pd.concat(parts, ignore_index=True), pd.concat(likelihoods, ignore_index=True)
 
-    def change(self, new: str) -> ivl.Change:
-        """Vectors' similarity and what becomes of the base model's own answers, plain LoRA."""
-        folder, own = self.out / "own", {}
-        for name, task in self.tasks.items():
-            own[name] = ivl.with_own_answers(self.study.model, task, splits=("train", "test"), folder=folder)
-        heads = sorted({head for name in self.tasks for head in self.study.effects(name).top(6)})
-        adapters = [self.run(new, seed, "lora").final for seed in self.given.seeds]
-        look = {**LOOK, "n_prompts": N_OWN, "n_mean": 24, "folder": self.out / f"change-{new}"}
-        return ivl.track(adapters, own, heads, model="smollm2", progress=False, **look)
+    def similarity(self) -> pd.DataFrame:
+        """Cosine of each constraint's vector (its heads' mean outputs on told training questions) with the base model's, as a whole and of
+        its least similar head."""
+        look, rows = {**LOOK, "n_prompts": N_OWN}, []
+        heads = {name: self.study.effects(name).top(N_HEADS) for name in self.tasks}
+
+        def vectors(model: object, label: str) -> dict[str, ivl.InstructionVector]:
+            found = {}
+            for name, task in self.tasks.items():
+                path = self.out / f"similarity-{label}-{name}-{key(model, task, heads[name], look)[:16]}"
+                if not path.exists():
+                    ivl.extract_vector(model, task, heads[name], **look).save(path)
+                found[name] = ivl.InstructionVector.load(path)
+            return found
+
+        base = vectors(self.study.model, "base")
+        for new, seed in itertools.product(self.given.new, self.given.seeds):
+            label = f"{new}-lora-{seed}"
+            after = vectors(ivl.load_model("smollm2", adapter=self.run(new, seed, "lora").final), label)
+            for name, vector in after.items():
+                each = torch.cosine_similarity(vector.shares, base[name].shares, dim=1)
+                least = {"least head": str(heads[name][int(each.argmin())]), "its cosine": each.min().item()}
+                rows.append({"task": name, "new": new, "seed": seed, "cosine": vector.cosine(base[name]), **least})
+        return pd.DataFrame(rows)
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
@@ -203,8 +218,7 @@ def main() -> None:
     seeds = told[told["method"] != "base"].groupby(["method", "condition", "new", "seed"], sort=False)["met"].mean()
     show("told, by seed", seeds.unstack("seed"))
     show("likelihood of the base model's answers", fall(likelihoods))
-    for new in given.new:
-        show(f"vectors after {new}", work.change(new).points())
+    show("the vectors' similarity to the base model's, plain LoRA", work.similarity())
 
 
 def fall(likelihoods: pd.DataFrame) -> pd.DataFrame:
