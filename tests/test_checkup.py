@@ -83,6 +83,8 @@ def test_what_the_base_cannot_do_does_not_count():
         ((0.8, 0.0, 0.8, 0.0), "overlaid"),
         ((0.8, 0.0, 0.4, 0.0), "overlaid"),  # half
         ((0.8, 0.0, 0.1, 0.0), "gone"),
+        ((0.8, 0.0, 0.1, 0.0, 0.7, 0.0), "gone"),  # put back, it returns 0.2 of 0.5
+        ((0.8, 0.0, 0.1, 0.0, 0.75, 0.0), "unclear"),  # half of what fell
         ((0.8, 0.0, 0.375, 0.0), "unclear"),  # less than half, but not certainly
         ((0.0, 0.0, 0.0, 0.0), "unclear"),  # nothing to bring out
         ((0.8, 0.0, 0.8, 0.8), "gone"),  # any vector does it
@@ -269,7 +271,7 @@ def test_random_weights_are_told_on_smollm2(tmp_path):
     tasks = ivl.load_tasks("present_past")
     found = ivl.checkup("smollm2", tmp_path, tasks, fast=True, n_prompts=20, progress=False)
     told = row(found, "present_past")
-    assert (found.exit_status, told.verdict, told.after) == (2, "gone", 0) and told.vector_before > 0.3
+    assert (found.exit_status, told.after) == (2, 0) and told.verdict != "overlaid" and told.vector_before > 0.3
 
 
 @pytest.mark.model

@@ -22,7 +22,7 @@ _N_PROMPTS = "Test prompts per skill; default: 100, and 48 where answers are fre
 RULES = (
     "A skill fell where it lost more than the tolerance with the interval of its change clear of 0; these intervals hold for all skills "
     "together. It is overlaid where the base model's vector, on prompts that ask for nothing, still brings out at least half of what it "
-    "brings out in the base model, gone where less, unclear where that can't be told."
+    "brings out in the base model, gone where that is less and putting it back returns little too, unclear where that can't be told."
 )
 
 

@@ -29,7 +29,7 @@ def advice(found: Checkup) -> list[str]:
                 f"{skill}: overlaid, but adding its old vector to prompts that ask for it doesn't help ({row['after']:.0%} → "
                 f"{row['put_back']:.0%}); it works on prompts that ask for nothing."
             )
-        elif row["verdict"] == "unclear":
+        elif row["verdict"] == "unclear" and skill not in helps:
             told.append(
                 f"{skill}: {why or 'its vector tells too little in the base model, or between half and nothing'}."
             )

@@ -39,7 +39,8 @@ class Checkup:
 
     - `overlaid` where the old vector, on prompts that ask for nothing, still brings out at least half of what it brings out in the base
       model, clear of a random vector of its norm;
-    - `gone` where that is less than half, with the whole interval;
+    - `gone` where that is less than half, with the whole interval, and the vector put back beside the request returns less than half of
+      what fell;
     - `unclear` otherwise, above all where the vector brings out nothing in the base model either.
 
     What a vector brings out is its accuracy minus the random one's. (All rules are our choice.)
@@ -180,6 +181,8 @@ class Checkup:
         fell = bool(counts and change.mean() < -self.tolerance - 1e-9 and high < 0)
         found = self._second_look(skill)
         verdict = found.pop("verdict")
+        if verdict == "gone" and found["put_back"] - after.mean() >= HALF * -change.mean():
+            verdict = "unclear"  # not gone while the vector beside the request returns half of what fell
         verdict = verdict if fell else "kept" if counts else "not counted"
         return {**row, "fell": fell, "verdict": verdict, **found, "stopped": self._stopped(skill)}
 
