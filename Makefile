@@ -27,8 +27,8 @@ lint: .venv/installed-dev  ## check style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-docs: .venv/installed-docs  ## build the documentation into site/
-	.venv/bin/mkdocs build --strict
+docs: .venv/installed-docs  ## build the documentation into site/ (Python 3.11 or newer)
+	.venv/bin/zensical build --strict
 
 benchmark: .venv/installed  ## run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; .venv/bin/python $$script; done
