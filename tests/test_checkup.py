@@ -161,9 +161,9 @@ def test_knowledge_is_asked_by_what_the_answer_says():
 
 
 @torch.no_grad()
-def randomize(adapted):
+def randomize(adapted, size=1.0):
     for i, weight in enumerate(w for n, w in adapted.named_parameters() if ".lora_" in n):
-        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+        weight.copy_(size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
 
 
 @pytest.fixture(scope="module")
@@ -263,15 +263,15 @@ def test_random_weights_are_told_on_smollm2(tmp_path):
 
     from ivlens.models.loading import load_hf
 
-    adapted = get_peft_model(
-        load_hf("smollm2")[0], LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    )
-    randomize(adapted)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_hf("smollm2")[0], config)
+    randomize(adapted, 0.15)
     adapted.save_pretrained(tmp_path)
     tasks = ivl.load_tasks("present_past")
     found = ivl.checkup("smollm2", tmp_path, tasks, fast=True, n_prompts=20, progress=False)
     told = row(found, "present_past")
-    assert (found.exit_status, told.after) == (2, 0) and told.verdict != "overlaid" and told.vector_before > 0.3
+    assert found.exit_status == 2 and told.after < 0.2 and told.verdict != "overlaid"
+    assert told.vector_before > 0.3 > told.random_before and told.stopped
 
 
 @pytest.mark.model
