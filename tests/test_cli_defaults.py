@@ -36,6 +36,7 @@ FUNCTIONS = {
     "track": "ivlens.dynamics",
     "recover": "ivlens.dynamics",
     "run": "ivlens.continual",
+    "checkup": "ivlens.dynamics",
 }
 # What differs, by command and function; a command that needs nothing else is here too, with nothing.
 ASKED = {
@@ -62,6 +63,7 @@ DIFFERENT = {
     "compare": {**BEFORE_AND_AFTER, "track": {"n_effects": 8}},  # the default of `ivl.compare`
     "track": BEFORE_AND_AFTER,
     "continual": {"run": {}},
+    "checkup": {"checkup": {}},
 }
 GIVEN = ("folder", "heads", "vector")  # what a command is there to bring
 
@@ -98,6 +100,7 @@ def arguments(tmp_path_factory):
         "compare": ["after", *own],
         "track": ["after", *own, "--recover"],
         "continual": ["--task", "antonym", "--task", "present_past"],
+        "checkup": ["smollm2", "after"],
     }
 
 

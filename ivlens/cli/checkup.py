@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _AFTER = "Adapter folder or hub id, a folder of `ivlens train`, or a model's folder or name"
 _FAST = "Fewer skills and prompts, and no second look at free answers"
 _TOLERANCE = "By how much a skill's accuracy may fall; 0.05 is five points"
-_SHOTS = "Demonstrations in each prompt; 0 where answers are free"
+_SHOTS = "Demonstrations in each prompt; default: 5, and 0 where answers are free"
 _N_PROMPTS = "Test prompts per skill; default: 100, and 48 where answers are free; with --fast 50 and 20"
 RULES = (
     "A skill fell where it lost more than the tolerance with the interval of its change clear of 0; these intervals hold for all skills "
