@@ -17,8 +17,8 @@ demo: .venv/installed  ## locate heads, extract vectors and steer the small buil
 	.venv/bin/ivlens demo --out demo
 
 test: .venv/installed-test .venv-tl39/installed-test  ## run the tests, on TransformerLens 4 and on 3.9
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile
-	.venv-tl39/bin/python -m pytest -q -m model -n 2 --dist loadfile
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	.venv-tl39/bin/python -m pytest -q -m model -n 2 --dist loadfile --no-loadscope-reorder
 
 notebook: .venv/installed-notebook  ## open notebooks/ in JupyterLab
 	.venv/bin/jupyter lab notebooks

@@ -178,7 +178,7 @@ def steer(
         texts = [p.replace("\\n", "\n") for p in prompts]
         style = style or ("chat" if loaded.metadata.get("style") == "chat" else None)
         asked = [Prompt(Example(text, ""), style=style) for text in texts] if style else texts
-        free = loaded.metadata.get("positions") == "generated"
+        free = "positions" in loaded.metadata  # known to vectors of tasks whose answers are free
         options: dict[str, Any] = {"layer": layer, "scale": scale, "mode": mode, "positions": positions}
         options |= {"max_new_tokens": max_new_tokens or (40 if free else 10), "stop": None if free else "auto"}
         result = generate(load(model, backend, adapter, device), asked, vector=loaded, **options)
