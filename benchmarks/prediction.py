@@ -99,7 +99,7 @@ def single_prompts(divergence: pd.DataFrame, changes: dict[str, ivl.Change]) -> 
         if min(lost.sum(), (right & ~lost).sum()) >= 5:
             kl, unsure = part["kl"].to_numpy()[right], -part["sure"].to_numpy()[right]
             rows.append({"task": task, "kl": area(kl, lost[right]), "unsure": area(unsure, lost[right])})
-    table, found = pd.DataFrame(rows), []
+    table, found = pd.DataFrame(rows, columns=["task", "kl", "unsure"]), []
     for name, what in (("kl", "KL(base ‖ tuned) at the prompt"), ("unsure", "the base model's unsureness")):
         means = table.groupby("task")[name].mean().to_numpy()
         low, high = bootstrap_mean([means])

@@ -125,6 +125,7 @@ class _Work:
     folder: Path | None
 
     def first_look(self, when: str, checkpoint: Checkpoint, bar: tqdm) -> list[dict[str, Any]]:
+        """Answers to what asks for the skills."""
         rows = []
         with checkpoint.use() as model:
             mine = self._key(model)
@@ -148,7 +149,7 @@ class _Work:
                 make = partial(find_vector, model, task, carriers, look, self.sizes)
                 vector = self._vector(make, name, mine, carriers)
                 found[name] = vector, *shares(model, task, vector, look, self.sizes, own=True)
-                rows += self._answers(model, mine, name, BEFORE, False, self._untold(name), _with_control(vector))
+                rows += self._answers(model, mine, name, BEFORE, False, self._untold(name), self._tries(name, vector))
                 bar.update()
         with models[AFTER].use() as model:
             mine = self._key(model)
@@ -157,13 +158,16 @@ class _Work:
                 task, look = self.suite[name], self.looks[name]
                 _, now = shares(model, task, vector, look, self.sizes)
                 heads += [{"skill": name, **x} for x in still_written(vector, its_heads, before, now)]
-                rows += self._answers(model, mine, name, AFTER, False, self._untold(name), _with_control(vector))
+                rows += self._answers(model, mine, name, AFTER, False, self._untold(name), self._tries(name, vector))
                 back = self._vector(partial(put_back, model, task, vector, look, self.sizes), name, mine, vector)
-                rows += self._answers(model, mine, name, AFTER, True, self.asked[name], _with_control(back))
+                rows += self._answers(model, mine, name, AFTER, True, self.asked[name], self._tries(name, back))
                 if self.folder is not None:
                     about[name]["vector"] = str(back.save(self.folder / "vectors" / safe_name(name)))
                 bar.update()
         return rows, heads
+
+    def _tries(self, name: str, vector: InstructionVector) -> dict[str, InstructionVector | None]:
+        return {OLD: vector, RANDOM: random_vector(vector, seed=self.looks[name]["seed"])}
 
     def _untold(self, name: str) -> list[Prompt]:
         """Its prompts that ask for nothing."""
@@ -221,10 +225,6 @@ class _Work:
 def _checks(prompts: Sequence[Prompt]) -> list[str]:
     """Their code, so that what an edited check let pass isn't taken for what it lets pass now."""
     return [check_source(check) for check in sorted({p.query.check for p in prompts if p.query.check})]
-
-
-def _with_control(vector: InstructionVector) -> dict[str, InstructionVector | None]:
-    return {OLD: vector, RANDOM: random_vector(vector)}
 
 
 def _opened(base: Any, after: Any) -> tuple[dict[str, Checkpoint], dict[str, Any]]:

@@ -50,6 +50,7 @@ FULL, FAST = Sizes(), Sizes(prompts=50, free=20, mean=15, sweep=9)
 
 
 def as_skills(given: Any, fast: bool) -> TaskSuite:
+    """The user's tasks, or the built-in ones; each has all three splits."""
     if given is not None:
         suite = as_suite(given)
     else:

@@ -82,11 +82,10 @@ def add_adapter(
     `label` is what the base is called. Its `fingerprint` must be that of the base the adapter was trained on, where that is on record
     (`fine_tune` records it). FileNotFoundError or ValueError where a file is missing or truncated, or the base is another.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     if Path(path).is_dir():
         check_files(path)
-        check_reloads(PeftConfig.from_pretrained(str(path)), f"the adapter {path}")
         record = Path(path) / RECORD
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         if known and known.get("base_fingerprint") != fingerprint:
@@ -95,11 +94,13 @@ def add_adapter(
     try:
         if isinstance(hf_model, PeftModel):
             hf_model.load_adapter(str(path), adapter_name=name, is_trainable=trainable)
-            return hf_model
-        return PeftModel.from_pretrained(hf_model, str(path), adapter_name=name, is_trainable=trainable)
+        else:
+            hf_model = PeftModel.from_pretrained(hf_model, str(path), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         said = f"the adapter {path} doesn't fit {label} ({reason(error)})"
         raise ValueError(f"{said}; load it with the base it was trained on") from error
+    check_reloads(hf_model.peft_config[name], f"the adapter {path}")  # of a hub id, too
+    return hf_model
 
 
 def fused_adapters(hf_model: Any) -> list[str]:

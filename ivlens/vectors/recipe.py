@@ -39,6 +39,7 @@ def recipe(vector: Any) -> str:
             f"heads = {heads}",
             f"iv = ivl.extract_vector(model, task, heads, {given})",
             f"iv = replace(iv, layer={vector.layer!r}, scale={vector.scale!r}, metadata={{**iv.metadata, **{kept!r}}})",
+            f"assert abs(iv.norm() / {vector.norm():.6g} - 1) < 1e-3, 'another vector: of another model, adapter, task or version'",
             "",
         ]
     )
