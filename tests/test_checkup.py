@@ -210,6 +210,26 @@ def test_a_checkup_of_a_harmless_and_a_spoiled_adapter(folder, own, tmp_path, mo
 
 
 @pytest.mark.model
+@pytest.mark.filterwarnings("ignore:one query")
+def test_skills_that_the_base_cannot_do_say_nothing(folder):
+    task = ivl.load_tasks("present_past")["present_past"]
+    base, options = str(folder / "base"), {"n_prompts": 4, "progress": False}
+    with pytest.warns(UserWarning, match="does none of present_past as asked, so none can fall, and this says nothing"):
+        found = checkup_function(base, str(folder / "spoiled"), task, **options)
+    assert "none of 0 skills fell (1 not counted" in repr(found) and found.exit_status == 0
+
+
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore")
+def test_the_random_control_is_drawn_by_the_seed(folder, own, monkeypatch):
+    drawn, real = [], MODULE.random_vector
+    monkeypatch.setattr(MODULE, "random_vector", lambda v, **how: drawn.append(how) or real(v, **how))
+    options = {"shots": 0, "instruction": 0, "n_prompts": 20, "progress": False}
+    checkup_function(str(folder / "base"), str(folder / "spoiled"), own, seed=7, **options)
+    assert drawn and all(how == {"seed": 7} for how in drawn)
+
+
+@pytest.mark.model
 @pytest.mark.filterwarnings("ignore")
 def test_free_answers_get_a_second_look(folder, tmp_path):
     task = tiny.free_task(check="even_letters")
@@ -248,7 +268,7 @@ def test_the_command_line_stops_a_job(folder, own, tmp_path):
         return CliRunner().invoke(app, given)
 
     harmless, spoiled, missing = run("harmless"), run("spoiled"), run("nowhere")
-    assert harmless.exit_code == 0 and "Nothing fell" in harmless.output, harmless.output
+    assert harmless.exit_code == 0 and "none of 1 skills fell" in harmless.output, harmless.output
     assert spoiled.exit_code == 2 and "1 of 1 skills fell" in spoiled.output, spoiled.output
     assert json.loads((tmp_path / "spoiled" / "checkup.json").read_text())["exit_status"] == 2
     assert "Answers: own" in (tmp_path / "spoiled" / "report.html").read_text()

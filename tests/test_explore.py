@@ -156,6 +156,17 @@ def test_a_head_is_dropped_and_added_again(model, made):
     assert torch.equal(whole.vector, made.vector) and whole.heads == made.heads
 
 
+def test_without_a_head_left_a_vector_does_nothing(model, made):
+    exploration = Exploration(model, made)
+    for head in HEADS:
+        exploration.toggle(head, ["past"])
+    said = exploration.view(setting(), 5).generations
+    assert said["+ vector"] == said["- vector"] == said["no vector"] and exploration.shares("past") == {}
+    exploration.toggle(HEADS[0], ["past"])
+    (one,) = exploration.vectors_at(setting())
+    torch.testing.assert_close(one.vector, made.shares[0])
+
+
 def test_a_further_head_is_read_on_the_prompts_that_the_vector_was_made_of(model, made, task):
     exploration = Exploration(model, made, tasks={"past": task})
     exploration.toggle(Head(1, 3), ["past"])

@@ -122,6 +122,8 @@ def test_a_recipe_makes_the_vector_again(base, way):
     done: dict = {}
     exec(made.recipe(), done)
     assert done["iv"] == made and done["iv"].metadata["positions"] == "all"
+    with pytest.raises(AssertionError, match="another vector: of another model, adapter, task or version"):
+        exec((2 * made).recipe(), {})
 
 
 def test_a_recipe_says_what_it_lacks():

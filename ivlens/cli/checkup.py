@@ -56,8 +56,9 @@ def checkup(
     print_table(found.table(), f"{base} → {after}")
     for line in found.advice():
         say(f"\n{line}")
-    what = f"{len(found.fell)} of {len(found.skills)} skills fell" if found.fell else "Nothing fell"
-    say(f"\n{what} by more than {found.tolerance:.0%}. Wrote {out / 'checkup.json'} and {out / 'report.html'}")
+    say(
+        f"\nBy more than {found.tolerance:.0%}: {found.summary}. Wrote {out / 'checkup.json'} and {out / 'report.html'}"
+    )
     raise Exit(found.exit_status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,6 +107,9 @@ def checkup(
         # What may not load comes first.
         rows = [row for when in (AFTER, BEFORE) for row in work.first_look(when, models[when], bar)]
         result = Checkup(pd.DataFrame(rows), pd.DataFrame(columns=HEADS), about)
+        if not result.counting:
+            said = f"the base model does none of {', '.join(suite.names)} as asked, so none can fall, and this says nothing"
+            warnings.warn(f"{said}; give skills that it does, or more n_prompts or shots", stacklevel=2)
         if fallen := [name for name in result.fell if not about["skills"][name]["not_looked_at"]]:
             more, heads = work.second_look(models, fallen, result.counting, about["skills"], bar)
             result = Checkup(pd.DataFrame(rows + more), pd.DataFrame(heads, columns=HEADS), about)

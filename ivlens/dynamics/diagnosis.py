@@ -126,8 +126,15 @@ class Checkup:
         return cls(pd.DataFrame(content["scores"]), heads, content["metadata"])
 
     def __repr__(self) -> str:
-        fell = f"{len(self.fell)} of {len(self.skills)} skills fell: {', '.join(self.fell)}" if self.fell else ""
-        return f"Checkup({fell or f'none of {len(self.skills)} skills fell'})\n{self.table().to_string(index=False)}"
+        return f"Checkup({self.summary})\n{self.table().to_string(index=False)}"
+
+    @property
+    def summary(self) -> str:
+        """How many fell of the skills that count, in words."""
+        left_out = len(self.skills) - len(self.counting)
+        beside = f" ({left_out} not counted: the base model doesn't do them)" * bool(left_out)
+        fell = f"{len(self.fell) or 'none'} of {len(self.counting)} skills fell{beside}"
+        return f"{fell}: {', '.join(self.fell)}" if self.fell else fell
 
     def _repr_html_(self) -> str:
         return table_html(self.table(), title=repr(self).splitlines()[0], index=False)

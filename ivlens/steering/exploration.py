@@ -163,13 +163,17 @@ class Exploration:
             return given
         shares = known.shares[[known.heads.index(head) for head in heads]]
         about = {key: value for key, value in given.metadata.items() if key != "projections"}  # on its old direction
-        return replace(given, vector=shares.sum(0), heads=heads, shares=shares, metadata=about)
+        return replace(given, vector=shares.sum(0), heads=heads, shares=shares if heads else None, metadata=about)
 
     def _with_every_head(self, name: str) -> InstructionVector:
         """The vector with every head's share, on the prompts that it was made of."""
         vector, about = self.given[name], self.given[name].metadata
         task, how = self._task(vector), {key: about[key] for key in HOW_MADE if key in about}
-        if not vector.heads or task is None or "n_prompts" not in how:
+        if not vector.heads:
+            raise ValueError(
+                f"{name!r} has no heads, being a difference of residual streams, so none can be added to it"
+            )
+        if task is None or "n_prompts" not in how:
             otherwise = "pass tasks=, or a vector that was extracted over more heads"
             raise ValueError(f"what other heads write on the prompts of {name!r} isn't known; {otherwise}")
         every = [Head(layer, head) for layer in range(self.shape[0]) for head in range(self.shape[1])]
