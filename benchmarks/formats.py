@@ -27,8 +27,9 @@ from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
 from ivlens.running.injection import Injection
 from ivlens.steering.compliance import Unsteered, balance_table, written
+from ivlens.steering.controls import random_vector
 from ivlens.steering.evaluation import Evaluation
-from ivlens.steering.gate import fit_gate
+from ivlens.steering.gate import Gate, fit_gate
 from ivlens.tasks.checks import check_source, passes
 from ivlens.tasks.prompts import Prompt
 from ivlens.vectors.vector import InstructionVector
@@ -212,16 +213,21 @@ class Study:
     def unsteered(self, name: str, bare: tuple[Prompt, ...]) -> Unsteered:
         return Unsteered(self.backend, bare, max_new_tokens=TOKENS)
 
+    def asked(self, name: str, split: str) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+        """Questions told of this constraint, and what its gate should stay shut on: untold ones ("") and those told of every other one."""
+        yes = ivl.build_prompts(self.tasks[name], split=split, **LOOK)
+        others = [x for x in self.tasks if x != name]
+        told = {x: ivl.build_prompts(self.tasks[x], split=split, **LOOK)[i % 12 :: 12] for i, x in enumerate(others)}
+        return yes, {"": ivl.build_prompts(self.tasks[name], split=split, style="chat"), **told}
+
     def gates(self) -> pd.DataFrame:
         """A gate per constraint against questions untold and told of every other one."""
         rows = []
         for name in self.mine(self.followed()):
             sets = {}
             for split in ("train", "valid", "test"):
-                yes = ivl.build_prompts(self.tasks[name], split=split, **LOOK)
-                others = [ivl.build_prompts(self.tasks[x], split=split, **LOOK) for x in self.tasks if x != name]
-                bare = ivl.build_prompts(self.tasks[name], split=split, style="chat")
-                sets[split] = yes, bare + [p for i, some in enumerate(others) for p in some[i % 12 :: 12]]
+                yes, others = self.asked(name, split)
+                sets[split] = yes, [prompt for some in others.values() for prompt in some]
 
             def work(sets=sets, name=name) -> pd.DataFrame:
                 gate = fit_gate(self.model, *sets["train"], valid=sets["valid"], layers=range(LAYERS[-1] + 1))
@@ -241,6 +247,29 @@ class Study:
                 return pd.DataFrame([{**row, "f1": f1, "right": right, "low": low, "high": high, "n": n_yes + n_no}])
 
             rows.append(self.frame(f"gate-{name}", [sets], work))
+        return pd.concat(rows)
+
+    def damage(self) -> pd.DataFrame:
+        """Where a gate opens wrongly on test questions: is the constraint that was told kept with the vector, and is the gate's own met?"""
+        rows, vectors = [], self.chosen()
+        for name in self.mine(list(vectors)):
+            gate, (_, others) = Gate.load(self.out / f"gate-{name}.safetensors"), self.asked(name, "test")
+
+            def work(name=name, gate=gate, others=others) -> pd.DataFrame:
+                opened = [(x, p) for x, some in others.items() for p, on in zip(some, gate.on(self.model, some)) if on]
+                if not opened:
+                    return pd.DataFrame(columns=["task", "told", "before", "after", "own", "text"])
+                injections = {0: None, 1: Injection.of(self.backend, vectors[name])}
+                before, after = written(
+                    self.backend, [p for _, p in opened], injections, max_new_tokens=TOKENS
+                ).values()
+                met = lambda x, text: bool(x) and passes(self.tasks[x].check, text)  # noqa: E731
+                frame = pd.DataFrame({"told": [x for x, _ in opened], "text": after}).assign(task=name)
+                frame["before"] = [met(x, text) for (x, _), text in zip(opened, before)]
+                frame["after"] = [met(x, text) for (x, _), text in zip(opened, after)]
+                return frame.assign(own=[met(name, text) for text in after])
+
+            rows.append(self.frame(f"damage-{name}", [gate.direction, gate.threshold, others, vectors[name]], work))
         return pd.concat(rows)
 
     def pairs(self) -> pd.DataFrame:
@@ -263,8 +292,15 @@ class Study:
                 met = [[all(passes(self.tasks[x].check, text) for x in (a, b)) for text in some] for some in texts]
                 return pd.DataFrame({"pair": f"{a} + {b}", "vectors": met[0], "told": met[1], "text": texts[0]})
 
-            rows.append(self.frame(f"pair-{a}-{b}", [bare, told, added[a], added[b]], work))
-        return pd.concat(rows) if rows else pd.DataFrame(columns=["pair", "vectors", "told"])
+            def control(a=a, b=b, bare=bare) -> pd.DataFrame:
+                injection = Injection.of(self.backend, [random_vector(added[x]) for x in (a, b)])
+                texts = written(self.backend, bare, {0: injection}, max_new_tokens=TOKENS)[0]
+                met = [all(passes(self.tasks[x].check, text) for x in (a, b)) for text in texts]
+                return pd.DataFrame({"random": met, "random_text": texts})
+
+            frame = self.frame(f"pair-{a}-{b}", [bare, told, added[a], added[b]], work)
+            rows.append(frame.join(self.frame(f"pair-random-{a}-{b}", [bare, added[a], added[b]], control)))
+        return pd.concat(rows) if rows else pd.DataFrame(columns=["pair", "vectors", "told", "random"])
 
 
 def main() -> None:
@@ -300,8 +336,15 @@ def main() -> None:
             show(f"{name} by every way, test split", balance_table(study.ways(name)))
     if "gate" in given.part:
         show("gates, test split", study.gates())
+        damage = study.damage()
+        show(
+            "where they open wrongly: untold questions",
+            damage[damage["told"] == ""].groupby("task")["own"].agg(["count", "mean"]),
+        )
+        told = damage[damage["told"] != ""].groupby("task")[["before", "after", "own"]]
+        show("where they open wrongly: told of another", told.mean().assign(n=told.size()))
     if "pairs" in given.part:
-        show("two at once, test split", study.pairs().groupby("pair")[["vectors", "told"]].mean())
+        show("two at once, test split", study.pairs().groupby("pair")[["vectors", "random", "told"]].mean())
 
 
 def show(title: str, table: pd.DataFrame | None = None) -> None:
