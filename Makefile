@@ -28,6 +28,7 @@ lint: .venv/installed-dev  ## check style
 	.venv/bin/ruff format --check .
 
 docs: .venv/installed-docs  ## build the documentation into site/ (Python 3.11 or newer)
+	.venv/bin/python notebooks/pages.py
 	.venv/bin/zensical build --strict
 
 benchmark: .venv/installed  ## run every script in benchmarks/

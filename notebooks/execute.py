@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ MOST = 1_000_000  # bytes of a notebook
 def execute(path: Path) -> None:
     """Run one in its place; it is written only where all cells went through and it isn't too large."""
     notebook = nbformat.read(path, as_version=4)
-    folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=None, resources=folder, store_widget_state=False).execute()
+    with tempfile.TemporaryDirectory() as folder:  # where a notebook's own files go
+        where = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=None, resources=where, store_widget_state=False).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in map(_kept, cell.outputs) if output is not None]
