@@ -198,7 +198,7 @@ class Study:
             rows.append(self.frame(f"test-{name}-{label}", [*parts, self.vector(row)], steered).assign(condition=label))
         trained = lambda: scored(self.written_by_lora(name, bare))  # noqa: E731
         rows.append(self.frame(f"test-{name}-lora", [*parts, self.tasks[name], LORA], trained).assign(condition="lora"))
-        return pd.concat(rows).assign(task=name)
+        return pd.concat(rows).assign(task=name, prompt=lambda x: x.index, query=lambda x: x.index)
 
     def written_by_lora(self, name: str, bare: tuple[Prompt, ...]) -> list[str]:
         """Trained to answer bare training questions as the told model does where it keeps to the instruction."""

@@ -1,6 +1,7 @@
 """Patching every head at the last prompt token, three ways, on the same prompts with the same results.
 
     python benchmarks/head_sweep.py                      # SmolLM2 at about 90, 200 and 400 tokens
+    python benchmarks/head_sweep.py --own 12             # prompts alike but for their last 12 tokens, as with the same demonstrations
     python benchmarks/head_sweep.py --shape llama-2-7b --device cuda --dtype bfloat16 --prompts 100 --lengths 200 --skip-slow
 
 1. one full forward pass per head through `run_with_hooks`
@@ -67,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--lengths", type=int, nargs="+", default=[90, 200, 400])
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--own", type=int, help="tokens at the end in which prompts differ; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of ours and of the floor; the median counts")
     parser.add_argument("--max-rows", type=int, default=None)
     parser.add_argument(
@@ -80,7 +82,8 @@ def arguments() -> argparse.Namespace:
 
 
 def compare(model, backend, length: int, options: argparse.Namespace) -> list[str]:
-    tokens = prompts_of(backend, options.prompts, length)
+    own = min(options.own or length, length)
+    tokens = prompts_of(backend, options.prompts, length, own)
     answers = torch.tensor(backend.tokenizer.encode(ANSWER, add_special_tokens=False) * options.prompts)
     shape = (backend.n_layers, backend.n_heads, backend.d_head)
     replacement = (
@@ -89,7 +92,7 @@ def compare(model, backend, length: int, options: argparse.Namespace) -> list[st
     ours = lambda: replay(model, tokens, replacement, options.max_rows)  # noqa: E731
     ours()  # warm-up
     seconds, values = median_time(ours, options.repeats, backend.device)
-    floor = statistics.median(floor_work(model, backend, length, options.prompts) for _ in range(options.repeats))
+    floor = statistics.median(floor_work(model, backend, length, options.prompts, own) for _ in range(options.repeats))
     cells = [f"{length}", "", "", f"{seconds:.2f}", "", "", "", f"{floor:.2f}", f"{floor / seconds:.0%}"]
     if not options.skip_slow:
         heads = [(layer, h) for layer in range(shape[0]) for h in range(shape[1])][
@@ -158,7 +161,7 @@ def probability(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def floor_work(model, backend, length: int, prompts: int) -> float:
+def floor_work(model, backend, length: int, prompts: int, own: int) -> float:
     """Seconds of the matrix products of the prompt, of every copy where it differs, and of the unembedding."""
     cfg, device, dtype = model.cfg, backend.device, tokens_dtype(model)
     heads, kv = backend.n_heads, getattr(cfg, "n_key_value_heads", None) or backend.n_heads
@@ -178,27 +181,32 @@ def floor_work(model, backend, length: int, prompts: int) -> float:
     ).normal_()
     keys = torch.empty(prompts, heads, length, backend.d_head, device=device, dtype=dtype).normal_()
 
-    def layer(rows_attention: int, rows_mlp: int) -> None:
+    def layer(rows_attention: int, rows_mlp: int, prompts: int = prompts) -> None:
         if rows_attention:
             torch.nn.functional.linear(buffers[d][: prompts * rows_attention], into)
-            scores = queries[:, :, :rows_attention] @ keys.transpose(2, 3)
-            scores @ keys
+            scores = queries[:prompts, :, :rows_attention] @ keys[:prompts].transpose(2, 3)
+            scores @ keys[:prompts]
             torch.nn.functional.linear(buffers[width][: prompts * rows_attention], out)
         torch.nn.functional.linear(buffers[d][: prompts * rows_mlp], up)
         torch.nn.functional.linear(buffers[cfg.d_mlp][: prompts * rows_mlp], down)
 
     start = time.perf_counter()
     for i in range(backend.n_layers):
-        layer(length, length)
+        if shared := length - own:
+            layer(shared, shared, prompts=1)
+        layer(own, own)
         layer(heads * i, heads * (i + 1))  # a copy patched here has its attention input from the unpatched one
     torch.nn.functional.linear(buffers[d][: prompts * (backend.n_layers * heads + 1)], unembed)
     synchronize(device)
     return time.perf_counter() - start
 
 
-def prompts_of(backend, prompts: int, length: int) -> Tensor:
+def prompts_of(backend, prompts: int, length: int, own: int) -> Tensor:
+    """Prompts that differ in their last `own` tokens."""
     ids = backend.tokenizer.encode(TEXT * (length // 10 + prompts), add_special_tokens=False)
-    return torch.tensor([ids[7 * i : 7 * i + length] for i in range(prompts)], device=backend.device) % backend.d_vocab
+    rows = torch.tensor([ids[7 * i : 7 * i + length] for i in range(prompts)], device=backend.device) % backend.d_vocab
+    rows[:, : length - own] = rows[0, : length - own]
+    return rows
 
 
 def tokens_dtype(model) -> torch.dtype:

@@ -89,7 +89,7 @@ class Constraint:
         # A title is decided when the answer begins, late in the model.
         tries = {"layers": [3 * n_layers // 4], "scales": (2.0, 4.0), "positions": "last", "n_prompts": 6}
         with _edge_is_said():
-            search = tune_injection(model, task, vector, style="chat", **tries, **short)
+            search = tune_injection(model, task, vector, style="chat", **tries, **short, progress=False)
         options = {"controls": ("random vector",), "draws": 1, "n_prompts": 8}
         scores = evaluate(model, task, vectors=search.best, style="chat", **options, **short)
         effects.save(out / "effects.safetensors")
@@ -151,7 +151,8 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
         vector = extract_vector(model, task, heads, n_prompts=20, seed=seed)
         layers = range(0, vector.metadata["signature"]["n_layers"], 2)
         with _edge_is_said():
-            searches[task.name] = tune_injection(model, task, vector, layers=layers, scales=SCALES, n_prompts=20)
+            tries = {"layers": layers, "scales": SCALES, "n_prompts": 20}
+            searches[task.name] = tune_injection(model, task, vector, **tries, progress=False)
     return searches
 
 

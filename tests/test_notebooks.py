@@ -1,10 +1,13 @@
-"""The notebooks run from top to bottom."""
+"""The notebooks run from top to bottom, are kept with what they show, and become pages of the documentation."""
 
+import base64
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
+PLOTLY = "application/vnd.plotly.v1+json"
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # Where a notebook has a cell tagged `parameters`, it is run with these instead.
 SMALL = {
@@ -37,6 +40,37 @@ def test_notebook_runs_and_shows_something_in_its_last_cell(path, tmp_path):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
     assert cells[-1].outputs
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_with_its_outputs_each_figure_as_a_picture_too(path):
+    nbformat = pytest.importorskip("nbformat")
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    shown = [output for cell in cells for output in cell.outputs]
+    figures = [x.data for x in shown if PLOTLY in x.get("data", {})]
+    assert figures and not [x for x in shown if x.output_type == "error"]
+    assert all(base64.b64decode(data["image/png"]).startswith(b"\x89PNG") for data in figures)
+    assert path.stat().st_size < 1_000_000
+
+
+def test_a_page_has_the_live_figure_and_the_cell_that_made_it(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbconvert")
+    spec = importlib.util.spec_from_file_location("pages", NOTEBOOKS[0].parent / "pages.py")
+    spec.loader.exec_module(pages := importlib.util.module_from_spec(spec))
+    png = base64.b64encode(b"picture").decode()
+    drawn = {"data": [{"type": "bar", "y": [7]}], "layout": {"title": {"text": "seven"}}}
+    output = nbformat.v4.new_output("display_data", {PLOTLY: drawn, "image/png": png})
+    cells = [
+        nbformat.v4.new_markdown_cell("# Seven\n\nsee [findings](../docs/findings.md)"),
+        nbformat.v4.new_code_cell("bars(7)", outputs=[output]),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    text, (figure,) = pages.page(tmp_path / "a.ipynb")
+    assert (figure.name, figure.source, figure.png) == ("a-1", "bars(7)", b"picture")
+    assert '<div id="a-1">' in text and "Plotly.newPlot" in text and '"seven"' in text
+    assert "[findings](../findings.md)" in text and "cdn" not in text.lower()
 
 
 @pytest.mark.slow

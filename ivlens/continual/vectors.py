@@ -55,7 +55,7 @@ def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
         if (folder / safe_name(name) / FILE).is_file():
             continue
         vector = extract_vector(model, task, heads, n_prompts=30, **look)
-        search = tune_injection(model, task, vector, n_prompts=min(20, len(task.valid)), **asked)
+        search = tune_injection(model, task, vector, n_prompts=min(20, len(task.valid)), progress=False, **asked)
         found = {"search": repr(search), "accuracy": search.accuracy.max().item()}
         replace(search.best, metadata={**vector.metadata, **found}).save(folder / safe_name(name))
 

@@ -91,7 +91,12 @@ def find_vector(
             n = backend_of(model).n_layers
             layers = sorted({min(round(depth * n), n - 1) for depth in DEPTHS})
             tries = [extract_vector(model, task, way="residual", layer=layer, **amounts) for layer in layers]
-            asked = {"style": look["style"], "instruction": look["instruction"], "seed": look["seed"]}
+            asked = {
+                "style": look["style"],
+                "instruction": look["instruction"],
+                "seed": look["seed"],
+                "progress": False,
+            }
             return tune_injection(
                 model, task, tries, n_prompts=sizes.valid_free, max_new_tokens=sizes.length, **asked
             ).best
@@ -113,7 +118,9 @@ def _placed(
     n = min(sizes.valid, len(task.valid))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return tune_injection(model, task, vector, layers=layers, scales=scales, n_prompts=n, **look).best
+        return tune_injection(
+            model, task, vector, layers=layers, scales=scales, n_prompts=n, progress=False, **look
+        ).best
 
 
 def shares(

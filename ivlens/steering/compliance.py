@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ivlens.common.statistics import resampled_means
 from ivlens.models.backend import Backend
@@ -95,10 +96,11 @@ def written(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
+    bar: tqdm | None = None,
 ) -> dict[Hashable, list[str]]:
     """Free answers under every injection."""
     rows = [TokenizedPrompt(row.prompt) for row in tokenize(backend, prompts)]
-    done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=None, batch_size=batch_size)
+    done = complete(backend, rows, injections, max_new_tokens=max_new_tokens, stop=None, batch_size=batch_size, bar=bar)
     return {name: [text.strip() for text in result.texts] for name, result in done.items()}
 
 

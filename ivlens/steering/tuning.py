@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
@@ -25,6 +26,7 @@ from ivlens.vectors.vector import InstructionVector
 
 __all__ = ["layers_tried", "tune_injection"]
 
+BAR = "trying layers and scales"
 SCALES_OF_FREE = {"last": (1.0, 2.0, 4.0), **dict.fromkeys(("generated", "all"), (0.5, 0.75, 1.0, 1.5, 2.0))}
 
 
@@ -49,6 +51,7 @@ def tune_injection(
     max_new_tokens: int = 40,
     batch_size: int = 256,
     seed: int = 0,
+    progress: bool = True,
 ) -> InjectionSearch:
     """Try every layer and scale on validation prompts; all of them in one replay of each prompt's last token.
 
@@ -86,6 +89,8 @@ def tune_injection(
         Prompts per forward pass; halved where memory runs out. Of free answers.
     seed
         Of all that is drawn at random; global random states are left alone.
+    progress
+        Show a progress bar.
     """
     if task.is_checked:
         if (goal, method, max_rows) != ("induce", "auto", None):
@@ -95,7 +100,8 @@ def tune_injection(
             )
         look = {"shots": shots, "style": style, "template": template, "seed": seed, "n": n_prompts, "split": split}
         asked = [build_prompts(task, **look, instruction=x) for x in (False, told_by(instruction))]
-        search = _tune_free(model, asked, vector, layers, scales, positions, how, max_new_tokens, batch_size, seed)
+        lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        search = _tune_free(model, asked, vector, layers, scales, positions, how, lengths, seed, progress)
         _warn(search)
         return search
     if positions is not None or how is not None:
@@ -118,7 +124,8 @@ def tune_injection(
         Edit({layer: scale * v.vector}) for (layer, pair), scale in product(zip(layers, both), scales) for v in pair
     ]
     options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
-    values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, **options)
+    with tqdm(total=len(prompts), desc=BAR, disable=not progress) as bar:
+        values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, bar=bar, **options)
     found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
     n = len({prompt.query for prompt in prompts})
     means = found[..., 0], found[..., 1], baseline.mean().item()
@@ -156,14 +163,13 @@ def _tune_free(
     scales: Sequence[float] | None,
     positions: str | None,
     how: str | None,
-    max_new_tokens: int,
-    batch_size: int,
+    lengths: Mapping[str, int],
     seed: int,
+    progress: bool,
 ) -> InjectionSearch:
     if positions is not None and (not isinstance(positions, str) or positions not in SCALES_OF_FREE):
         raise ValueError(f"positions={positions!r} is unknown; choose one of {', '.join(SCALES_OF_FREE)}")
     backend, (bare, told) = backend_of(model), asked
-    lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     unsteered = Unsteered(backend, bare, **lengths)
     told_texts = written(backend, told, {0: None}, **lengths)[0]
     reached, nothing = map(_means, unsteered.scores(told_texts, unsteered.answers))
@@ -172,7 +178,8 @@ def _tune_free(
 
     def balanced(tries: Sequence[tuple[InstructionVector, int, float]]) -> list[float]:
         each = [Injection.of(backend, v, layer=layer, scale=scale) for v, layer, scale in tries]
-        texts = _all_at_once(backend, bare, each, lengths)
+        with tqdm(total=len(each) * len(bare), desc=BAR, leave=False, disable=not progress) as bar:
+            texts = _all_at_once(backend, bare, each, lengths, bar)
         # Where nothing keeps to the constraint, the balance is 0 whatever else is scored.
         some = [i for i, x in enumerate(texts) if any(passes(p.query.check, text) for p, text in zip(bare, x))]
         scored = dict(zip(some, unsteered.scores(*(texts[i] for i in some)))) if some else {}
@@ -201,18 +208,18 @@ def _tune_free(
 
 
 def _all_at_once(
-    backend: Backend, prompts: Sequence[Prompt], injections: Sequence[Injection], lengths: Mapping[str, int]
+    backend: Backend, prompts: Sequence[Prompt], injections: Sequence[Injection], lengths: Mapping[str, int], bar: tqdm
 ) -> list[list[str]]:
     """Answers under each injection, all at the same positions: where these only add, as the rows of one batch, each with its own."""
     if any(x.targets for x in injections):
-        return list(written(backend, prompts, dict(enumerate(injections)), **lengths).values())
+        return [written(backend, prompts, {0: injection}, **lengths, bar=bar)[0] for injection in injections]
     nothing, n = torch.zeros(backend.d_model), len(prompts)
     additions = {
         layer: torch.stack([x.additions.get(layer, nothing) for x in injections]).repeat_interleave(n, dim=0)
         for layer in sorted({layer for x in injections for layer in x.additions})
     }
     texts = written(
-        backend, [*prompts] * len(injections), {0: Injection(additions, injections[0].positions)}, **lengths
+        backend, [*prompts] * len(injections), {0: Injection(additions, injections[0].positions)}, **lengths, bar=bar
     )[0]
     return [texts[i : i + n] for i in range(0, len(texts), n)]
 
