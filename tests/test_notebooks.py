@@ -1,7 +1,7 @@
 """The notebooks run from top to bottom, are kept with what they show, and become pages of the documentation."""
 
 import base64
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 
@@ -54,11 +54,11 @@ def test_notebook_is_kept_with_its_outputs_each_figure_as_a_picture_too(path):
     assert path.stat().st_size < 1_000_000
 
 
-def test_a_page_has_the_live_figure_and_the_cell_that_made_it(tmp_path):
+def test_a_page_has_the_live_figure_and_the_cell_that_made_it(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("nbconvert")
-    spec = importlib.util.spec_from_file_location("pages", NOTEBOOKS[0].parent / "pages.py")
-    spec.loader.exec_module(pages := importlib.util.module_from_spec(spec))
+    monkeypatch.syspath_prepend(NOTEBOOKS[0].parent)
+    pages = importlib.import_module("pages")
     png = base64.b64encode(b"picture").decode()
     drawn = {"data": [{"type": "bar", "y": [7]}], "layout": {"title": {"text": "seven"}}}
     output = nbformat.v4.new_output("display_data", {PLOTLY: drawn, "image/png": png})
