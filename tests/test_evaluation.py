@@ -157,6 +157,20 @@ def test_gains_are_paired_by_prompt_not_by_place(scores):
         ivl.Evaluation(other).gains("probability")
 
 
+def test_where_no_prompt_differs_there_still_is_an_interval(scores):
+    frame = scores.scores.assign(exact_match=0.0)  # of random controls, two draws
+    never = ivl.Evaluation(frame, scores.metadata)
+    n = len(frame.loc[frame["task"] == "past", "query"].unique())
+    edge = wilson([0.0] * n)[1]
+    rates = never.to_dataframe().query("metric == 'exact_match' and task == 'past'")
+    assert rates["low"].to_numpy() == pytest.approx(0) and rates["high"].to_numpy() == pytest.approx(edge)
+    gains = never.gains("exact_match").query("task == 'past'")
+    assert gains["low"].to_numpy() == pytest.approx(-edge) and gains["high"].to_numpy() == pytest.approx(edge)
+    always = never.scores.assign(exact_match=(frame["condition"] != "no vector").astype(float))
+    gains = ivl.Evaluation(always).gains("exact_match").query("task == 'past'")
+    assert gains["low"].to_numpy() == pytest.approx(1 - edge) and gains["high"].to_numpy() == pytest.approx(1)
+
+
 def test_answers_stand_side_by_side(scores):
     shown = scores.answers("plural")
     rows = scores.scores[(scores.scores["task"] == "plural") & (scores.scores["draw"] == 0)]

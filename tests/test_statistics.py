@@ -73,6 +73,9 @@ def test_against_scipy():
         expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
         mine = statistics.wilson([1.0] * hits + [0.0] * (n - hits))
         assert mine == pytest.approx((expected.low, expected.high), abs=1e-6)
+        other = stats.binomtest(hits, n).proportion_ci(confidence_level=0.99, method="wilson")
+        mine = statistics.wilson([1.0] * hits + [0.0] * (n - hits), level=0.99)
+        assert mine == pytest.approx((other.low, other.high), abs=1e-6)
     p = rng.uniform(size=(5, 6)) ** 3
     assert statistics.benjamini_hochberg(p) == pytest.approx(stats.false_discovery_control(p, axis=None).reshape(5, 6))
     y = np.round(x + rng.normal(size=9))

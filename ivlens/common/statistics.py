@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 
 __all__ = [
     "benjamini_hochberg",
+    "bootstrap_difference",
     "bootstrap_mean",
     "bootstrap_share",
     "correlation",
@@ -26,8 +28,9 @@ Groups = Sequence[Any]
 Queries = Sequence[Sequence[Any]]  # by group: which query each prompt asks; None: each prompt its own
 
 
-def wilson(hits: Sequence[float], queries: Sequence[Any] | None = None) -> tuple[float, float]:
-    """95 % Wilson interval of a proportion, of as many observations as there are different queries.
+def wilson(hits: Sequence[float], queries: Sequence[Any] | None = None, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson interval of a proportion, of as many observations as there are different queries; of hits, or of means of hits (over
+    draws), for which it is rather too wide.
 
     Examples
     --------
@@ -35,7 +38,7 @@ def wilson(hits: Sequence[float], queries: Sequence[Any] | None = None) -> tuple
     >>> round(low, 3), round(high, 3)
     (0.49, 0.943)
     """
-    n, z = len(hits) if queries is None else len(set(queries)), 1.959964
+    n, z = len(hits) if queries is None else len(set(queries)), NormalDist().inv_cdf(0.5 + level / 2)
     p = sum(hits) / len(hits)
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
@@ -64,6 +67,27 @@ def bootstrap_mean(
     draws = resampled_means(groups, queries, n_bootstrap=n_bootstrap, seed=seed)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return (float(low), float(high)) if draws.ndim == 1 else (low, high)
+
+
+def bootstrap_difference(
+    groups: Groups, queries: Queries | None = None, *, level: float = 0.95, n_bootstrap: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """As `bootstrap_mean`, of paired differences of hits. Where all are alike, resampling says nothing: then what differs in none of n
+    queries may yet in as many as `wilson` allows for no hit of n (our choice).
+
+    Examples
+    --------
+    >>> low, high = bootstrap_difference([[0.0] * 30])
+    >>> round(low, 3), round(high, 3)
+    (-0.114, 0.114)
+    """
+    low, high = bootstrap_mean(groups, queries, level=level, n_bootstrap=n_bootstrap, seed=seed)
+    if not high - low < 1e-12:
+        return low, high
+    asked = queries or [range(len(values)) for values in groups]
+    n = sum(len(set(some)) for some in asked)
+    edge = wilson([0.0] * n, level=level)[1]
+    return max(low - edge, -1.0), min(high + edge, 1.0)
 
 
 def standard_error(groups: Groups, queries: Queries | None = None) -> np.ndarray:

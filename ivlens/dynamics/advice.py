@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ivlens.common.statistics import bootstrap_mean
+from ivlens.common.statistics import bootstrap_difference
 from ivlens.dynamics.recovery import AFTER, BEFORE, OLD, RANDOM
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _helps(found: Checkup, skill: str) -> bool:
     others = [found.hits(skill, AFTER, True, added)[0] for added in ("", RANDOM)]
     if not len(old):
         return False
-    return all(bootstrap_mean([np.subtract(old, other)], [queries])[0] > 0 for other in others)
+    return all(bootstrap_difference([np.subtract(old, other)], [queries])[0] > 0 for other in others)
 
 
 def _put_back(found: Checkup, skill: str, row: object) -> str:

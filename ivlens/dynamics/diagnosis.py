@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ivlens.common.statistics import bootstrap_mean, bootstrap_share, wilson
+from ivlens.common.statistics import bootstrap_difference, bootstrap_share, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
 from ivlens.dynamics.advice import advice
@@ -182,7 +182,7 @@ class Checkup:
         before, queries = self.hits(skill, BEFORE, True)
         after, _ = self.hits(skill, AFTER, True)
         change = after - before
-        low, high = bootstrap_mean([change], [queries], level=1 - 0.05 / n_skills, n_bootstrap=10_000)
+        low, high = bootstrap_difference([change], [queries], level=1 - 0.05 / n_skills, n_bootstrap=10_000)
         row = {"skill": skill, "n": len(set(queries)), "before": before.mean(), "after": after.mean()}
         row |= {"change": change.mean(), "low": low, "high": high}
         fell = bool(counts and change.mean() < -self.tolerance - 1e-9 and high < 0)
@@ -205,11 +205,11 @@ class Checkup:
             return {**found, **nothing}
         queries = untold[BEFORE][OLD][1]
         out = {m: untold[m][OLD][0] - untold[m][RANDOM][0] for m in untold}
-        if out[BEFORE].mean() < LEAST or bootstrap_mean([out[BEFORE]], [queries])[0] <= 0:
+        if out[BEFORE].mean() < LEAST or bootstrap_difference([out[BEFORE]], [queries])[0] <= 0:
             return {**found, **nothing}
         columns = np.stack([out[BEFORE], np.zeros(len(queries)), out[AFTER]], axis=1)
         left, low, high = bootstrap_share([columns], [queries])
-        clear = bootstrap_mean([out[AFTER]], [queries])[0] > 0
+        clear = bootstrap_difference([out[AFTER]], [queries])[0] > 0
         verdict = "overlaid" if left >= HALF and clear else "gone" if high < HALF else "unclear"
         return {**found, "left": left, "left_low": low, "left_high": high, "verdict": verdict}
 

@@ -11,7 +11,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ivlens.common.hints import typed
-from ivlens.common.statistics import bootstrap_mean, wilson
+from ivlens.common.statistics import bootstrap_difference, bootstrap_mean, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
 from ivlens.models.backends import backend_of
@@ -82,8 +82,7 @@ class Evaluation:
                 if of_prompts.isna().all():  # of another kind of task
                     continue
                 values, asked = of_prompts.to_numpy(float), of_prompts.index.get_level_values("query").tolist()
-                hits = metric in BINARY and len(values) == len(part)
-                low, high = wilson(values, asked) if hits else bootstrap_mean([values], [asked])
+                low, high = wilson(values, asked) if metric in BINARY else bootstrap_mean([values], [asked])
                 row = {"task": task, "condition": condition, "metric": metric, "mean": values.mean()}
                 rows.append({**row, "low": low, "high": high, "n": len(set(asked))})
         return pd.DataFrame(rows)
@@ -129,7 +128,7 @@ class Evaluation:
             for name, tasks in [*((task, [task]) for task in parts), ("average", list(parts))]:
                 values = [parts[task].to_numpy(float) for task in tasks]
                 asked = [parts[task].index.get_level_values("query").tolist() for task in tasks]
-                low, high = bootstrap_mean(values, asked)
+                low, high = (bootstrap_difference if metric in BINARY else bootstrap_mean)(values, asked)
                 mean, n = sum(v.mean() for v in values) / len(values), sum(len(set(x)) for x in asked)
                 rows.append({"task": name, "condition": condition, "gain": mean, "low": low, "high": high, "n": n})
         return pd.DataFrame(rows)
