@@ -345,6 +345,22 @@ def test_a_lora_adapter_and_its_old_vector_load_as_one(folders, tmp_path, kind):
         ivl.export_vector(vectors, tmp_path / "whole", format="transformers", model=model)
 
 
+def test_an_adapter_that_is_switched_off_is_left_out(folders, tokenizer, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    settings = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(folders("llama")), LoraConfig(**settings))
+    model = ivl.load_model(trained, tokenizer=tokenizer, backend="bridge")
+    assert (said(model.original_model) - said(tiny.hf_model("llama"))).abs().max() > 0.1
+    trained.base_model.disable_adapter_layers()
+    wanted = steered(model, everywhere(0, 2))
+    whole = ivl.export_vector(everywhere(0, 2), tmp_path / "whole", format="transformers", model=model)
+    torch.testing.assert_close(said(AutoModelForCausalLM.from_pretrained(whole)), wanted, **EXACT)
+    adapter = ivl.export_vector(everywhere(0, 2), tmp_path / "adapter", format="peft", model=model)
+    base = AutoModelForCausalLM.from_pretrained(folders("llama"))
+    torch.testing.assert_close(said(PeftModel.from_pretrained(base, adapter)), wanted, **EXACT)
+
+
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma", "phi3"])
 def test_an_architecture_without_the_bias_is_refused_as_a_whole_model(folders, tmp_path, name):
     with pytest.raises(ValueError, match=r"has no bias in model.*\.mlp\.down_proj.*write format='peft'"):

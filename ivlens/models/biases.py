@@ -46,11 +46,14 @@ def save_model_with_biases(backend: Backend, additions: Additions, path: Path) -
         config.mlp_bias = True
     with torch.device("meta"):
         whole = type(hf_model)(config)
-    own = {_plain(name): weight for name, weight in hf_model.state_dict().items()}
-    state = {}
+    own, state = {_plain(name): weight for name, weight in hf_model.state_dict().items()}, dict[str, Tensor]()
     for name, empty in whole.state_dict().items():
-        new = name not in own and config.mlp_bias and ".mlp." in name and name.endswith(".bias")
-        state[name] = torch.zeros(empty.shape, dtype=hf_model.dtype, device=backend.device) if new else own[name]
+        if name in own:
+            state[name] = own[name]
+        elif lacking and ".mlp." in name and name.endswith(".bias"):
+            state[name] = torch.zeros(empty.shape, dtype=hf_model.dtype, device=backend.device)
+        else:
+            raise ValueError(f"hooked, {backend.name} has no {name}, so it can't be written whole; write format='peft'")
     for name, _, bias in projections:
         state[f"{name}.bias"] = state[f"{name}.bias"] + bias.to(state[f"{name}.bias"])
     whole.load_state_dict(state, assign=True)
@@ -166,8 +169,8 @@ def _check_exact(backend: Backend, additions: Additions, projections: list[tuple
 
 
 def _plain(name: str) -> str:
-    """Without the modules that the bridge puts in between."""
-    return name.replace("._original_component", "")
+    """Without the modules that the bridge and peft put in between."""
+    return name.replace("._original_component", "").replace(".base_layer", "")
 
 
 def _names(hf_model: Any) -> dict[int, str]:

@@ -16,7 +16,7 @@ from ivlens.models.backends import backend_of
 from ivlens.models.biases import save_adapter_with_biases, save_model_with_biases
 from ivlens.running.injection import projection_target
 from ivlens.vectors.control_vector import read_control_vector, write_control_vector
-from ivlens.vectors.requests import Step, added, write_easysteer, write_interventions
+from ivlens.vectors.interventions import Step, added, write_easysteer, write_interventions
 from ivlens.vectors.vector import RESIDUAL, InstructionVector
 
 __all__ = ["export_vector", "import_vector"]
