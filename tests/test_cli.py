@@ -78,6 +78,21 @@ def test_steer_shows_three_columns(folder, tmp_path):
     assert list(rows[0]) == ["prompt", "no vector", "+ vector", "− vector"] and rows[0]["prompt"] == "Q: walk\nA:"
 
 
+def test_export_writes_for_other_programs(folder, tmp_path):
+    vector, options = f"{folder / 'vectors' / 'past'}", ["--model", f"{folder / 'model'}", "--positions", "all"]
+    tuned = ivl.InstructionVector.load(vector)
+    run("export", vector, vector, "--out", f"{tmp_path / 'x.json'}", *options)
+    (spec,) = json.loads((tmp_path / "x.json").read_text()).values()
+    assert spec["value"] == pytest.approx((2 * tuned.scale * tuned.vector).tolist(), rel=1e-6)
+    run("export", vector, "--out", f"{tmp_path / 'y.json'}", "--positions", "4", "--architecture", "llama")
+    (spec,) = json.loads((tmp_path / "y.json").read_text()).values()
+    assert spec["pos"] == 4
+    run("export", vector, "--out", f"{tmp_path / 'adapter'}", "--format", "peft", *options)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    refused = run("export", vector, "--out", f"{tmp_path / 'z.gguf'}", "--architecture", "llama", code=2)
+    assert refused.startswith("error: 'past' acts at positions='last', but format='llama.cpp' has only 'all'")
+
+
 def test_evaluate_writes_scores(folder, tmp_path):
     files = [
         "--model",

@@ -31,6 +31,7 @@ FUNCTIONS = {
     "extract_vector": "ivlens.vectors.extraction",
     "tune_injection": "ivlens.steering.tuning",
     "generate": "ivlens.steering.generate",
+    "export_vector": "ivlens.vectors.export",
     "evaluate": "ivlens.steering.evaluation",
     "fine_tune": "ivlens.training",
     "track": "ivlens.dynamics",
@@ -55,6 +56,7 @@ DIFFERENT = {
     "locate": {"load_model": {}, "locate_heads": {}},
     "extract": {"load_model": {}, "extract_vector": {}, "tune_injection": {}},
     "steer": {"load_model": {}, "generate": {"max_new_tokens": 10}},  # what None comes to
+    "export": {"load_model": {"backend": "bridge"}, "export_vector": {}},
     "evaluate": {
         "load_model": {},
         "evaluate": {"reference_shots": 10},
@@ -65,7 +67,7 @@ DIFFERENT = {
     "continual": {"run": {}},
     "checkup": {"checkup": {}},
 }
-GIVEN = ("folder", "heads", "vector")  # what a command is there to bring
+GIVEN = ("folder", "heads", "model", "vector")  # what a command is there to bring
 
 
 class Enough(BaseException):
@@ -95,6 +97,7 @@ def arguments(tmp_path_factory):
         "locate": own,
         "extract": [*own, "--heads", f"{folder / 'effects.safetensors'}"],
         "steer": [f"{folder / 'vector'}", "Q: walk\\nA:"],
+        "export": [f"{folder / 'vector'}"],
         "evaluate": own,
         "train": own,
         "compare": ["after", *own],

@@ -58,6 +58,7 @@ def test_other_contents_are_refused(tmp_path, content, said):
 def test_a_control_vector_is_written_as_llama_cpp_reads_it(tmp_path):
     both = [vector(2, positions="all"), vector(1, 0.5, positions="all")]
     path = ivl.export_vector(both, tmp_path / "iv.gguf", architecture="qwen2")
+    assert path == tmp_path / "iv.gguf"
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "controlvector" and fields["controlvector.model_hint"] == "qwen2"
@@ -86,7 +87,7 @@ def test_repengs_control_vectors_are_read(tmp_path):
 @pytest.mark.model
 def test_an_imported_control_vector_steers_at_every_position(model, tmp_path):
     own = [vector(1, 0.5, positions="all"), vector(2, 0.5, positions="all")]
-    found = ivl.import_vector(ivl.export_vector(own, tmp_path / "x.gguf"))
+    found = ivl.import_vector(ivl.export_vector(own, tmp_path / "x.gguf", architecture="llama"))
     tokens = torch.arange(5, 12)[None]
     with ivl.inject(model, own):
         expected = model(tokens)
@@ -94,15 +95,7 @@ def test_an_imported_control_vector_steers_at_every_position(model, tmp_path):
         torch.testing.assert_close(model(tokens), expected)
 
 
-def test_what_other_programs_cannot_do_is_said(tmp_path):
-    with pytest.raises(ValueError, match="llama.cpp doesn't steer layer 0"):  # noqa: RUF043
-        ivl.export_vector(vector(0), tmp_path / "x.gguf")
-    with pytest.raises(ValueError, match="can only add"):
-        ivl.export_vector(vector(how="set"), tmp_path / "x.gguf")
-    with pytest.raises(ValueError, match="2 vectors for"):
-        ivl.export_vector([vector(1), vector(2)], tmp_path / "x.pt")
-    with pytest.warns(UserWarning, match="but a control vector at every token"):
-        ivl.export_vector(vector(), tmp_path / "x.gguf")
+def test_what_is_no_file_of_another_program_is_said(tmp_path):
     with pytest.raises(ValueError, match="must end in"):
         ivl.import_vector(tmp_path / "x.bin")
     with pytest.raises(FileNotFoundError, match="no file"):

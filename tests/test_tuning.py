@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from tests import tiny
 
 
 @torch.inference_mode()
-def by_hand(model, rows, vector, layer, scale):
-    """Share of prompts whose whole answer is ranked first, token by token, with the vector at the last prompt token."""
+def by_hand(model, rows, vector, layer, scale, positions="last"):
+    """Share of prompts whose whole answer is ranked first, token by token, with the vector at these positions."""
     right = 0
     for row in rows:
         tokens, n = torch.tensor([[*row.prompt, *row.answer[:-1]]]), len(row.prompt)
+        where = {"last": slice(n - 1, n), "generated": slice(n - 1, None), "all": slice(None)}[positions]
 
-        def add(x, hook, n=n):
-            x[:, n - 1] += scale * vector.vector
+        def add(x, hook, where=where):
+            x[:, where] += scale * vector.vector
             return x
 
         logits = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)])
@@ -65,6 +67,53 @@ def test_the_search_equals_trying_every_layer_and_scale_by_hand(model, reachable
     assert search.baseline == pytest.approx(by_hand(model, rows, vector, 0, 0.0))
     assert (search.layers, search.scales, search.n) == (layers, scales, len(task.train))
     assert search.accuracy.max() > search.accuracy.min(), "layers and scales differ, or this would test little"
+
+
+def two_tokens(model, vector, positions):
+    """A task whose answers are the first two tokens that the tiny model writes where the vector acts at these positions."""
+    records, tokenizer = [], model.tokenizer
+    for word in [f"{verb}{letter}" for verb in tiny.VERBS for letter in "abcd"]:
+        tokens = model.to_tokens(f"Q: {word}\nA:")
+        where = slice(0 if positions == "all" else tokens.shape[1] - 1, None)
+
+        def add(x, hook, where=where):
+            x[:, where] += 1.5 * vector.vector
+            return x
+
+        for _ in range(2):
+            logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", add)])
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        text = tokenizer.decode(tokens[0, -2:])
+        if text.startswith(" ") and tokenizer.encode(text, add_special_tokens=False) == tokens[0, -2:].tolist():
+            records.append({"input": word, "output": text.strip()})
+    return ivl.Task.from_records(records, name="reachable", instruction="Say it.")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("positions", ["generated", "all"])
+def test_other_positions_than_the_last_equal_trying_by_hand(model, reachable, positions):
+    vector = reachable[1]
+    task, layers, scales, found = two_tokens(model, vector, positions), (2, 1), (1.5, -1.0), {}
+    look = {"split": "train", "seed": 5, "n_prompts": 6}
+    for batch_size in (2, 256):
+        options = {"positions": positions, "batch_size": batch_size, **look}
+        found[batch_size] = ivl.tune_injection(model, task, vector, layers=layers, scales=scales, **options)
+    search = found[256]
+    rows = tokenize(backend_of(model), build_prompts(task, split="train", n=6, seed=5))
+    for v, values in ((vector, search.accuracy), (random_vector(vector, seed=5), search.control)):
+        tried = [[by_hand(model, rows, v, layer, scale, positions) for scale in scales] for layer in layers]
+        torch.testing.assert_close(values, torch.tensor(tried))
+    assert torch.equal(found[2].accuracy, search.accuracy)
+    assert search.baseline == pytest.approx(by_hand(model, rows, vector, 0, 0.0))
+    best = search.best
+    assert (best.layer, best.scale, search.accuracy.max()) == (1, 1.5, 1.0)
+    assert by_hand(model, rows, vector, 1, 1.5, "last") < 1, "elsewhere it does something else"
+    assert best.metadata["positions"] == search.positions == positions and f"positions {positions}" in repr(search)
+    again = ivl.tune_injection(model, task, best, layers=layers, scales=scales, **look)
+    assert torch.equal(again.accuracy, search.accuracy), "by default, where the vector itself acts"
+    two = [replace(vector, layer=1), replace(best, layer=2)]
+    with pytest.raises(ValueError, match=f"the vectors act at {' and '.join(sorted(['last', positions]))}"):
+        ivl.tune_injection(model, task, two)
 
 
 @pytest.mark.model

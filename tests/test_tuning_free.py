@@ -146,12 +146,12 @@ def test_what_free_answers_have_no_use_for_is_refused(model, free, task):
     for more in ({"goal": "suppress"}, {"method": "full"}, {"max_rows": 64}):
         with pytest.raises(ValueError, match=r"the answers of 'free' are free, so vectors only induce"):
             ivl.tune_injection(model, free, vector(), **more)
-    for more in ({"positions": "generated"}, {"how": "set"}):
-        with pytest.raises(ValueError, match="are tried with free answers; where one answer is right"):
-            ivl.tune_injection(model, task, vector(), **more)
+    with pytest.raises(ValueError, match="is tried with free answers; where one answer is right"):
+        ivl.tune_injection(model, task, vector(), how="set")
     for unknown in ("first", torch.tensor([1])):
-        with pytest.raises(ValueError, match="is unknown; choose one of last, generated, all"):
-            ivl.tune_injection(model, free, vector(), positions=unknown)
+        for asked in (free, task):
+            with pytest.raises(ValueError, match="is unknown; choose one of last, generated, all"):
+                ivl.tune_injection(model, asked, vector(), positions=unknown)
     for several in ([], [vector()], [vector(1, 2), vector(2, 2)]):
         with pytest.raises(ValueError, match=r"give one or more, each with a layer of its own"):
             ivl.tune_injection(model, free, several)

@@ -1,4 +1,4 @@
-"""`ivlens demo | locate | extract | steer`."""
+"""`ivlens demo | locate | extract | steer | export`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _METRIC = (
     "probability, log_probability, logit or logit_difference; default: the first, or second where answers are free"
 )
 _LAYER = "Where a residual difference is taken; default: chosen from the middle third on"
+_TUNED_AT = "Where it is tuned for: last, generated, or all, which most servers steer; default: last, of free answers the better"
 _STYLE = "qa, plain or chat around each prompt; default: none, but chat for vectors made in it"
+_FORMAT = "llama.cpp, vllm, easysteer, transformers, peft or pt; default: by the ending of --out"
+_THERE = "Where the vectors act there: last, generated or all, or for vllm a token's number; default: each one's own"
+_ARCHITECTURE = "As llama.cpp calls the model's, which then isn't loaded for a file; default: the model's own"
 _TOKENS = "How long answers may be; default: 10, but 40 for vectors of free answers"
 
 
@@ -100,6 +104,7 @@ def extract(
     n_prompts: Annotated[int, Option(help="Prompts behind the mean")] = 50,
     tune: Annotated[bool, Option(help="Choose layer and scale on the validation split")] = True,
     n_valid: Annotated[int | None, Option(help="Validation prompts that choose; default: all")] = None,
+    positions: Annotated[str | None, Option(help=_TUNED_AT)] = None,
     max_new_tokens: opt.Length = 40,
     seed: opt.Seed = 0,
     out: opt.Out = Path("vectors"),
@@ -122,7 +127,7 @@ def extract(
             vector, items = vectors[0], []
             if tune:
                 again = {"style": options["style"], "n_prompts": n_valid, "max_new_tokens": max_new_tokens}
-                again["seed"] = seed
+                again |= {"positions": positions, "seed": seed}
                 search = tune_injection(hooked, one, vector if way != "residual" else vectors, **again)
                 vector, items = search.best, [search.plot()]
             items = [*([vector.plot()] if vector.heads else []), *items]
@@ -188,3 +193,27 @@ def steer(
         report(out, f"Steering: {loaded.name}", [Section("Side by side", repr(loaded), [result])], {"model": model})
     print_table(frame, repr(loaded))
     say(f"Wrote {out / 'generations.json'} and {out / 'report.html'}")
+
+
+@app.command()
+def export(
+    vector: Annotated[list[str], Argument(help="Folders of vectors, as `ivlens extract` writes them, or hub ids")],
+    out: Annotated[Path, Option("--out", "-o", help="A .gguf, .json or .pt file, else a folder that is new or empty")],
+    format: Annotated[str | None, Option(help=_FORMAT)] = None,
+    model: opt.Model = "smollm2",
+    adapter: opt.Adapter = None,
+    device: opt.Device = None,
+    positions: Annotated[str | None, Option(help=_THERE)] = None,
+    architecture: Annotated[str | None, Option(help=_ARCHITECTURE)] = None,
+) -> None:
+    """Write vectors for programs that serve models; what a program can't do exactly is refused."""
+    with readable_errors():
+        from ivlens.vectors.export import export_vector
+        from ivlens.vectors.vector import InstructionVector
+
+        loaded = [InstructionVector.from_pretrained(name) for name in vector]
+        needed = architecture is None or format in ("transformers", "peft")
+        at = int(positions) if positions is not None and positions.isdigit() else positions
+        options: dict[str, Any] = {"format": format, "positions": at, "architecture": architecture}
+        export_vector(loaded, out, model=load(model, "bridge", adapter, device) if needed else None, **options)
+    say(f"Wrote {out}")

@@ -23,6 +23,7 @@ __all__ = [
     "hub_adapter",
     "is_adapter",
     "merged",
+    "more_than_lora",
     "record_base",
     "stack_adapters",
     "stands_alone",
@@ -135,7 +136,11 @@ def check_reloads(config: Any, label: str) -> None:
 def merged(hf_model: Any) -> Any:
     """A copy with its adapters merged, or without them where they are switched off; the caller's model keeps them apart."""
     copied = copy.deepcopy(hf_model)
-    return copied.unload() if switched_off(hf_model) else copied.merge_and_unload()
+    if switched_off(hf_model):
+        return copied.unload()
+    whole = copied.merge_and_unload()
+    whole.merged_adapter = True  # an adapter written from it would lack this one
+    return whole
 
 
 def switched_off(hf_model: Any) -> bool:
@@ -151,10 +156,10 @@ def stands_alone(path: str | Path) -> bool:
     config = PeftConfig.from_pretrained(str(path))
     check_kind(config, str(path))
     parts = {part for name in adapter_weights(path) for part in name.split(".")}
-    return bool(_more_than_lora(config) or parts & {*FUSED, "lora_embedding_A"})
+    return bool(more_than_lora(config) or parts & {*FUSED, "lora_embedding_A"})
 
 
-def _more_than_lora(config: Any) -> list[str]:
+def more_than_lora(config: Any) -> list[str]:
     """What makes this config another thing than one A and B for each module, added to the base as it is on disk."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     more = [] if kind == "LORA" else [kind]
@@ -166,7 +171,7 @@ def _more_than_lora(config: Any) -> list[str]:
 
 def check_stackable(config: Any) -> None:
     """Raise ValueError where an adapter of this config can't be put together with another one."""
-    if more := _more_than_lora(config):
+    if more := more_than_lora(config):
         said = f"an adapter with {', '.join(more)} can't be put together with those of other stages"
         raise ValueError(f"{said}, as this method does; use a plain LoraConfig")
 

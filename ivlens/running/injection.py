@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivlens.models.backend import Backend
 
-__all__ = ["POSITIONS", "Injection"]
+__all__ = ["POSITIONS", "Injection", "projection_target"]
 
 POSITIONS = ("last", "generated", "all")
 MODES = ("sum", "heads")
@@ -95,7 +95,7 @@ class Injection:
         plain = vector.vector if whole else vector
         gate = _checked(when, layer, positions)
         if how == "set":
-            return cls({layer: plain}, positions, {layer: scale * _target(plain, about, layer)}, gate)
+            return cls({layer: plain}, positions, {layer: scale * projection_target(plain, about, layer)}, gate)
         return cls({layer: scale * plain}, positions, gate=gate)
 
     @classmethod
@@ -211,7 +211,7 @@ def _checked(gate: Any, layer: int, positions: str | Tensor) -> Any:
     return gate
 
 
-def _target(vector: Tensor, about: Mapping[str, Any], layer: int) -> float:
+def projection_target(vector: Tensor, about: Mapping[str, Any], layer: int) -> float:
     """Where `how="set"` moves the projection on the vector's direction: that of prompts that state the task."""
     if vector.dim() != 1 or not vector.norm() > 0:
         raise ValueError("how='set' needs one vector that isn't zero: a zero vector has no direction")

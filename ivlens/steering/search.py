@@ -51,8 +51,8 @@ class InjectionSearch:
 
     @property
     def positions(self) -> str | None:
-        """Where the vector was added, of free answers; else it is the last prompt token."""
-        return self.vector.metadata["positions"] if self.measure == "balance" else None
+        """Where the vector was added, as it says itself; None for the last prompt token."""
+        return self.vector.metadata.get("positions")
 
     @property
     def best(self) -> InstructionVector:

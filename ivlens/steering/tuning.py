@@ -9,13 +9,18 @@ from itertools import product
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
+from ivlens.models.comparison import without_training
 from ivlens.patching.residual import Edit, edit_effects
-from ivlens.running.injection import Injection
-from ivlens.running.tokens import tokenize
+from ivlens.running.continuing import Reader
+from ivlens.running.injection import POSITIONS, Injection
+from ivlens.running.scores import measure
+from ivlens.running.tokens import TokenizedPrompt, fill_right, tokenize
 from ivlens.steering.compliance import Unsteered, balance, check_told, told_by, written
 from ivlens.steering.controls import random_vector
 from ivlens.steering.search import InjectionSearch
@@ -55,7 +60,8 @@ def tune_injection(
 ) -> InjectionSearch:
     """Try every layer and scale on validation prompts; all of them in one replay of each prompt's last token.
 
-    Where answers are free they are written, for every layer and scale, and the harmonic mean of `Evaluation.balance` decides.
+    At other positions each takes forward passes of its own. Where answers are free they are written, for every layer and scale, and
+    the harmonic mean of `Evaluation.balance` decides.
 
     Parameters
     ----------
@@ -78,15 +84,16 @@ def tune_injection(
     split
         `train`, `valid` or `test`: where the prompts' queries come from.
     method, max_rows
-        How layers and scales are tried, and in how much memory; see `head_effects`.
+        How layers and scales are tried at the last prompt token, and in how much memory; see `head_effects`.
     positions
-        Of free answers, where the vector is added, as in `inject`. Default: both while the answer is generated and at the last prompt
-        token only, of which the better is kept with the vector: what is decided word by word (a language) needs the former, what
-        is decided as the answer begins (a title) the latter.
+        Where the vector is added, as in `inject`, kept with the best vector; for a program that steers every token, `all`. Default:
+        the vector's own, else `last`. Of free answers, both while the answer is generated and at the last prompt token only, of which
+        the better is kept: what is decided word by word (a language) needs the former, what is decided as the answer begins (a title)
+        the latter.
     how, max_new_tokens
         Of free answers: as in `inject`, kept with the best vector; and how long answers may be, in tokens.
     batch_size
-        Prompts per forward pass; halved where memory runs out. Of free answers.
+        Prompts per forward pass; halved where memory runs out. Of free answers, and at other positions than `last`.
     seed
         Of all that is drawn at random; global random states are left alone.
     progress
@@ -104,28 +111,27 @@ def tune_injection(
         search = _tune_free(model, asked, vector, layers, scales, positions, how, lengths, seed, progress)
         _warn(search)
         return search
-    if positions is not None or how is not None:
-        given = f"positions={positions!r} and how={how!r} are tried with free answers"
-        raise ValueError(
-            f"{given}; where one answer is right, the vector is added at the last prompt token: leave them out"
-        )
+    if how is not None:
+        raise ValueError(f"how={how!r} is tried with free answers; where one answer is right, the vector is added")
     if goal not in ("induce", "suppress"):
         raise ValueError(f"goal={goal!r} is unknown; choose 'induce' or 'suppress'")
     backend = backend_of(model)
     layers, candidates = _placed(backend, vector, range(backend.n_layers) if layers is None else layers)
     for one in candidates:
         one.check_model(model)
+    candidates, at = _acting_at(candidates, positions)
     sign = 1.0 if goal == "induce" else -1.0
     scales = tuple(sign * s for s in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)) if scales is None else tuple(scales)
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "seed": seed}
     prompts = build_prompts(task, n=n_prompts, split=split, **look)
     both = [(one, random_vector(one, seed=seed)) for one in candidates]
-    tries = [
-        Edit({layer: scale * v.vector}) for (layer, pair), scale in product(zip(layers, both), scales) for v in pair
-    ]
-    options = {"metric": "accuracy", "method": method, "max_rows": max_rows}
+    tries = [{layer: scale * v.vector} for (layer, pair), scale in product(zip(layers, both), scales) for v in pair]
+    rows, options = tokenize(backend, prompts), {"metric": "accuracy", "method": method, "max_rows": max_rows}
     with tqdm(total=len(prompts), desc=BAR, disable=not progress) as bar:
-        values, baseline = edit_effects(backend, tokenize(backend, prompts), tries, bar=bar, **options)
+        if at == "last":
+            values, baseline = edit_effects(backend, rows, [Edit(x) for x in tries], bar=bar, **options)
+        else:
+            values, baseline = _accuracies(backend, rows, [Injection(x, at) for x in tries], batch_size, bar)
     found = values.mean(0).unflatten(0, (len(layers), len(scales), 2))
     n = len({prompt.query for prompt in prompts})
     means = found[..., 0], found[..., 1], baseline.mean().item()
@@ -139,6 +145,40 @@ def layers_tried(n_layers: int, positions: str) -> Sequence[int]:
     if positions == "last":
         return range(n_layers // 2, n_layers - 1, max(n_layers // 10, 1))
     return range(n_layers // 3, 2 * n_layers // 3 + 1, max(n_layers // 12, 1))
+
+
+def _acting_at(
+    vectors: Sequence[InstructionVector], positions: str | None
+) -> tuple[tuple[InstructionVector, ...], str]:
+    """Where they act, all at the same positions, and the vectors that say so."""
+    own = {v.metadata.get("positions", "last") for v in vectors}
+    if positions is None and len(own) > 1:
+        raise ValueError(f"the vectors act at {' and '.join(sorted(own))}; pass positions=")
+    at = own.pop() if positions is None else positions
+    if not isinstance(at, str) or at not in POSITIONS:
+        raise ValueError(f"positions={at!r} is unknown; choose one of {', '.join(POSITIONS)}")
+    kept = {} if positions is None else {"positions": at}
+    return tuple(replace(v, metadata={**v.metadata, **kept}) for v in vectors), at
+
+
+@without_training
+@torch.inference_mode()
+def _accuracies(
+    backend: Backend, rows: Sequence[TokenizedPrompt], injections: Sequence[Injection], batch_size: int, bar: tqdm
+) -> tuple[Float[Tensor, "prompt injection"], Float[Tensor, " prompt"]]:
+    """1 where the whole answer is ranked first, teacher-forced, under every injection, and under none."""
+    reader, values = Reader(backend, rows), torch.empty(len(rows), len(injections) + 1)
+
+    def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
+        plain = reader.read(tokens, mask)
+        answers, counted = fill_right([rows[i].answer for i in index], backend.device)
+        for column, injection in enumerate((*injections, None)):
+            logits = reader.runs(tokens, mask, plain, injection)().along(answers)
+            values[index, column] = measure("accuracy", logits[:, None], answers, counted)[:, 0].cpu()
+        bar.update(len(index))
+
+    reader.in_batches(batch_size, work)
+    return values[:, :-1], values[:, -1]
 
 
 def _placed(

@@ -1,22 +1,35 @@
-"""Vectors from and for other programs: the Function Vectors code's `.pt`, and control vectors in GGUF (repeng, llama.cpp)."""
+"""Vectors from other programs, and written for those that serve models."""
 
 from __future__ import annotations
 
 import pickle
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ivlens import __version__
+from ivlens.common.storage import write_text
+from ivlens.models.backends import backend_of
+from ivlens.models.biases import save_adapter_with_biases, save_model_with_biases
+from ivlens.running.injection import projection_target
+from ivlens.vectors.control_vector import read_control_vector, write_control_vector
+from ivlens.vectors.interventions import Step, added, write_easysteer, write_interventions
 from ivlens.vectors.vector import RESIDUAL, InstructionVector
 
 __all__ = ["export_vector", "import_vector"]
 
-PREFIX, ARCHITECTURE = "direction.", "controlvector"
-ENDINGS = (".pt", ".gguf")
+ENDINGS = {"pt": ".pt", "llama.cpp": ".gguf", "vllm": ".json"}  # others are folders
+FORMATS = (*ENDINGS, "easysteer", "transformers", "peft")
+# Where a vector acts there: where it is added by that program, whatever it was tuned for.
+ACTS_AT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FORMATS, ("all",)),
+    "pt": ("last",),
+    "easysteer": ("last", "generated", "all"),
+}
+GATED = "can't be written: no such program looks at a prompt before it steers. Ask it beforehand, when.on(model, prompts), and steer only"
 
 
 def import_vector(path: str | Path, *, layer: int | None = None) -> InstructionVector | list[InstructionVector]:
@@ -41,48 +54,166 @@ def import_vector(path: str | Path, *, layer: int | None = None) -> InstructionV
         If there is no such file, it holds anything but tensors, or no vector.
     """
     path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"path={str(path)!r} must end in {' or '.join(ENDINGS)}; InstructionVector.load reads ours")
+    if path.suffix not in (".pt", ".gguf"):
+        raise ValueError(f"path={str(path)!r} must end in .pt or .gguf; InstructionVector.load reads ours")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give the path of a .pt or .gguf file")
     if path.suffix == ".gguf":
         if layer is not None:
             raise ValueError(f"layer={layer} can't be given for a .gguf, which has its own; leave it out")
-        return _from_gguf(path)
+        about = {"task": path.stem, "positions": "all", "unit": RESIDUAL}
+        return [InstructionVector(v, layer=n, metadata=about) for n, v in read_control_vector(path).items()]
     return InstructionVector(_from_pt(path), layer=layer, metadata={"task": path.stem, "unit": RESIDUAL})
 
 
 def export_vector(
-    vector: InstructionVector | Sequence[InstructionVector], path: str | Path, *, architecture: str = "llama"
+    vector: InstructionVector | Sequence[InstructionVector],
+    path: str | Path,
+    *,
+    format: str | None = None,
+    model: Any = None,
+    positions: str | int | None = None,
+    when: Any = None,
+    architecture: str | None = None,
 ) -> Path:
-    """Write vectors for other programs, times their scale, which these files don't hold.
+    """Write vectors for programs that serve models, times their scale. What a program can't do exactly is refused.
 
     Parameters
     ----------
     vector
-        One, or for `.gguf` several, each with a layer of its own.
+        One, or several, each with its own layer and scale; at one layer they are summed. Only one to `.pt`.
     path
-        `.pt`: a tensor [1 1 d_model], as the Function Vectors code has it. `.gguf`: a control vector for llama.cpp, which adds
-        `direction.N` after block N, counted from 0, at every token.
+        A file, or for `easysteer`, `transformers` and `peft` a folder that is new or empty.
+    format
+        `llama.cpp` (`.gguf`): a control vector. `vllm` (`.json`): `intervene=` of transformer_lens's `boot_vllm`. `easysteer`: its
+        steering specification and the files it names. `transformers`: the whole model, with the vector as a bias of what the layer's
+        feed-forward writes. `peft`: an adapter with that bias, a few kB, or the LoRA adapter on the model and the bias in one. `pt`: a
+        tensor [1 1 d_model], as the Function Vectors code (arXiv 2310.15213) has it. Default: by the path's ending.
+    model
+        A hooked model, such as `load_model` gives. For `transformers` and `peft`, which need the bridge; elsewhere the vectors are
+        checked against it, and it tells the `architecture`.
+    positions
+        Where the vectors act, as in `inject`. Default: each one's own, else `last`. `easysteer` has `last`, `generated` and `all`; `pt`
+        is for `last`; all others steer every token, prompt and answer: choose the scale with `positions="all"` before. For `vllm` also a
+        token's number, counted from 0: `len(tokens) - 1` is `last`.
+    when
+        A `Gate` is refused: none of these programs has one.
     architecture
-        The model's, as llama.cpp calls it (`controlvector.model_hint`).
+        What the model's is called (`llama`, `qwen2`, …), for `llama.cpp` and `easysteer` (`controlvector.model_hint`, a note that
+        llama.cpp doesn't read). Default: `model`'s.
 
     Raises
     ------
     ValueError
-        If a vector has no layer, layer 0 (which llama.cpp doesn't address), or sets a projection instead of adding.
+        If the format has no such layer (llama.cpp no layer 0), positions or gate, only adds where the vector sets a projection, or a
+        bias isn't the same as the vector (a norm after the feed-forward, experts).
     """
-    path = Path(path)
-    several = [vector] if isinstance(vector, InstructionVector) else list(vector)
-    if path.suffix not in ENDINGS or (path.suffix == ".pt" and len(several) != 1) or not several:
-        raise ValueError(f"{len(several)} vectors for {str(path)!r}: write one to .pt, or one or more to .gguf")
-    if setting := [v.name for v in several if v.metadata.get("how") == "set"]:
-        raise ValueError(f"{setting[0]!r} sets a projection, and these files can only add; tune it with how='add'")
+    path, several = Path(path), [vector] if isinstance(vector, InstructionVector) else list(vector)
+    format = _format(path, format)
+    if when is not None:
+        raise ValueError(f"when={when!r} {GATED} those that it opens for")
+    if not several or (format == "pt" and len(several) != 1):
+        raise ValueError(f"{len(several)} vectors for {str(path)!r}: write one to .pt, and one or more to all others")
+    if format in ("transformers", "peft") and model is None:
+        raise ValueError(f"format={format!r} changes weights, so it needs them; pass model=")
+    steps = [_step(v, format, model, positions) for v in several]
+    hint = _architecture(model, architecture) if format in ("llama.cpp", "easysteer") else ""
+    if format not in ENDINGS and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} isn't empty; give a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".pt":
-        torch.save((several[0].vector * several[0].scale)[None, None], path)
-        return path
-    return _to_gguf(several, path, architecture)
+    write: dict[str, Callable[[], None]] = {
+        "pt": lambda: torch.save(steps[0].vector[None, None], path),
+        "llama.cpp": lambda: write_control_vector(path, added(steps), hint),
+        "vllm": lambda: write_interventions(path, steps),
+        "easysteer": lambda: write_easysteer(path, steps, hint),
+        "transformers": lambda: save_model_with_biases(backend_of(model), added(steps), path),
+        "peft": lambda: save_adapter_with_biases(backend_of(model), added(steps), path),
+    }
+    write[format]()
+    if format not in ENDINGS:
+        write_text(path / "README.md", _card(several, steps, format))
+    return path
+
+
+def _format(path: Path, format: str | None) -> str:
+    """As given, or by the path's ending."""
+    format = next((x for x, ending in ENDINGS.items() if ending == path.suffix), "") if format is None else format
+    if format not in FORMATS:
+        said = f"format={format!r} is unknown" if format else f"path={str(path)!r} doesn't tell the format"
+        raise ValueError(f"{said}; choose one of {', '.join(FORMATS)}")
+    if path.suffix != ENDINGS.get(format, path.suffix):
+        raise ValueError(f"path={str(path)!r} must end in {ENDINGS[format]} for format={format!r}")
+    return format
+
+
+def _step(v: InstructionVector, format: str, model: Any, positions: str | int | None) -> Step:
+    """What a vector does, once the format can do it; else ValueError."""
+    if model is not None:
+        v.check_model(model)
+    at = v.metadata.get("positions", "last") if positions is None else positions
+    numbered = format == "vllm" and isinstance(at, int) and not isinstance(at, bool) and at >= 0
+    if at not in ACTS_AT[format] and not numbered:
+        raise ValueError(_elsewhere(v, format, at))
+    if format == "pt":
+        layer = 0  # which doesn't stand in the file
+    elif v.layer is None:
+        raise ValueError(f"{v.name!r} has no layer; choose one with ivl.tune_injection, or replace(iv, layer=…)")
+    else:
+        layer = _layer(v, format, model)
+    if v.metadata.get("how", "add") == "add":
+        return Step(layer, at, v.vector * v.scale)
+    if format != "easysteer":
+        raise ValueError(f"{v.name!r} sets a projection, and format={format!r} can only add; tune it with how='add'")
+    return Step(layer, at, v.vector, v.scale * projection_target(v.vector, v.metadata, layer))
+
+
+def _layer(v: InstructionVector, format: str, model: Any) -> int:
+    """Counted from 0."""
+    known = v.metadata.get("signature") if model is None else backend_of(model).signature
+    n = (known or {}).get("n_layers")
+    if v.layer < 0 and n is None:
+        raise ValueError(
+            f"layer={v.layer} of {v.name!r} counts from the end; pass model=, which tells how many there are"
+        )
+    if n is not None and not -n <= v.layer < n:
+        raise ValueError(f"layer={v.layer} of {v.name!r} is out of range: the model has layers 0 to {n - 1}")
+    layer = v.layer if n is None else v.layer % n
+    if format == "llama.cpp" and layer == 0:
+        raise ValueError(f"{v.name!r} acts after layer 0, which llama.cpp doesn't steer; tune it for one from 1 on")
+    return layer
+
+
+def _elsewhere(v: InstructionVector, format: str, at: Any) -> str:
+    """That a vector acts at other positions than the format can have it."""
+    there = " or ".join(map(repr, ACTS_AT[format]))
+    said = f"{v.name!r} acts at positions={at!r}, but format={format!r} has only {there}"
+    if ACTS_AT[format] != ("all",):
+        return f"{said}; pass positions= to write it so"
+    number = ", or the last prompt token's number, positions=len(tokens) - 1" if format == "vllm" else ""
+    said += f", every token of prompt and answer, where another scale is right{number}"
+    return f"{said}. Tune it so, ivl.tune_injection(..., positions='all'), or pass positions='all' to write it as it is"
+
+
+def _card(vectors: Sequence[InstructionVector], steps: Sequence[Step], format: str) -> str:
+    """What stands in a folder, to read."""
+    rows = [f"| {v.name} | {s.layer} | {v.scale:g} | {s.positions} |" for v, s in zip(vectors, steps)]
+    what = {
+        "transformers": "The model's weights hold",
+        "peft": "The adapter holds",
+        "easysteer": "`steering.json` asks for",
+    }
+    everywhere = "" if format == "easysteer" else " It acts on every token, of prompts and of answers."
+    return (
+        f"# Steered\n\n{what[format]} what ivlens {__version__} adds after layers:{everywhere}\n\n"
+        "| vector | layer | scale | positions |\n|---|---:|---:|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def _architecture(model: Any, given: str | None) -> str:
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if given is None and config is None:
+        raise ValueError("a control vector says whose it is: pass model=, or architecture=, such as 'llama' or 'qwen2'")
+    return config.model_type if given is None else given
 
 
 def _from_pt(path: Path) -> Tensor:
@@ -101,46 +232,3 @@ def _from_pt(path: Path) -> Tensor:
             f"{shape}; of mean head activations, make one by vectors.vector_from_heads(model, x[:, :, -1], heads)"
         )
     return found.flatten().float()
-
-
-def _from_gguf(path: Path) -> list[InstructionVector]:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or no GGUF file ({error}); save it again") from error
-    directions = {}
-    for tensor in reader.tensors:
-        if tensor.name.startswith(PREFIX) and tensor.name.removeprefix(PREFIX).isdigit():
-            if str(tensor.tensor_type.name) not in ("F32", "F16"):
-                raise ValueError(f"{path}: {tensor.name} is {tensor.tensor_type.name}; only F32 and F16 are read")
-            directions[int(tensor.name.removeprefix(PREFIX))] = torch.tensor(tensor.data).float().flatten()
-    if not directions:
-        raise ValueError(f"{path} holds no {PREFIX}N, so it is no control vector; `load_model` reads a model's .gguf")
-    about = {"task": path.stem, "positions": "all", "unit": RESIDUAL}
-    return [InstructionVector(values, layer=n, metadata=about) for n, values in sorted(directions.items())]
-
-
-def _to_gguf(vectors: Sequence[InstructionVector], path: Path, architecture: str) -> Path:
-    from gguf import GGUFWriter
-
-    layers = [v.layer for v in vectors]
-    if None in layers or len(set(layers)) < len(layers) or min(layers) < 1:
-        said = f"the vectors have layers {layers}, but each needs one of its own, from 1 on"
-        raise ValueError(f"{said} (llama.cpp doesn't steer layer 0); set it: replace(iv, layer=…)")
-    if elsewhere := [v.name for v in vectors if v.metadata.get("positions") != "all"]:
-        said = (
-            f"{elsewhere[0]!r} acts at the last prompt token or while generating, but a control vector at every token"
-        )
-        warnings.warn(f"{said}: choose its scale by inject(positions='all') first", stacklevel=3)
-    writer = GGUFWriter(path, ARCHITECTURE)
-    writer.add_string(f"{ARCHITECTURE}.model_hint", architecture)
-    writer.add_int32(f"{ARCHITECTURE}.layer_count", len(vectors))
-    for v in vectors:
-        writer.add_tensor(f"{PREFIX}{v.layer}", (v.vector * v.scale).float().cpu().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
