@@ -48,7 +48,7 @@ def write_interventions(path: Path, steps: Sequence[Step]) -> None:
     write_text(path, json.dumps(found, indent=1) + "\n")
 
 
-def write_easysteer(folder: Path, steps: Sequence[Step], architecture: str) -> None:
+def write_easysteer(path: Path, steps: Sequence[Step], architecture: str) -> None:
     """`steering.json`, and the files of directions that it names. Steps that add one after another at like positions share one."""
     parts: list[tuple[str, Step]] = []
     for step in steps:
@@ -58,11 +58,11 @@ def write_easysteer(folder: Path, steps: Sequence[Step], architecture: str) -> N
             unit = step.vector / step.vector.norm()
             parts += [("erase", step._replace(vector=unit)), ("direct", step._replace(vector=step.target * unit))]
     specs: list[dict[str, Any]] = []
-    folder.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     for (algorithm, positions), some in groupby(parts, key=lambda part: (part[0], part[1].positions)):
-        directions, source = added([step for _, step in some]), folder.resolve() / f"directions-{len(specs)}.gguf"
+        directions, source = added([step for _, step in some]), path.resolve() / f"directions-{len(specs)}.gguf"
         write_control_vector(source, directions, architecture)
         spec = {"source": str(source), "algorithm": algorithm, "scale": 1.0, "layers": sorted(directions)}
         specs.append({**spec, "apply": APPLY[positions]})
     # Sequential: by default only the first of several vectors acts at a position.
-    write_text(folder / "steering.json", json.dumps({"vectors": specs, "conflict": "sequential"}, indent=1) + "\n")
+    write_text(path / "steering.json", json.dumps({"vectors": specs, "conflict": "sequential"}, indent=1) + "\n")
