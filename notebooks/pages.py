@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 PLOTLY = "application/vnd.plotly.v1+json"
 ROOT = Path(__file__).parent
 PAGES = ROOT.parent / "docs" / "notebooks"
-SCRIPT = '<script src="../plotly.min.js"></script>\n\n'  # of the site itself: nothing is fetched from elsewhere
+SCRIPT = '<script src="plotly.min.js"></script>\n\n'  # of the site itself: nothing is fetched from elsewhere
 GALLERY = "# Figures, and the lines that make them\n\nEach stands in a notebook; click it to see it there, live.\n"
 
 
