@@ -34,6 +34,11 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*HookedTransformer is deprecated")
 
 
+def pytest_collection_modifyitems(items):
+    # The notebooks take longest, and files go to processes whole: begun last, they would leave one process without work.
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny matrices: threads only get in each other's way."""
