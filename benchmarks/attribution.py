@@ -24,7 +24,8 @@ from torch import Tensor
 
 import ivlens as ivl
 from ivlens.models.backends import backend_of
-from ivlens.patching import head_effects, head_outputs, mean_head_outputs
+from ivlens.patching import head_effects, mean_head_outputs
+from ivlens.running.reading import read_prompts
 from ivlens.running.tokens import tokenize
 from ivlens.tasks.counterfactuals import counterfactual
 from ivlens.tasks.prompts import Prompt
@@ -54,7 +55,7 @@ def compare(model: Any, task: ivl.Task, shots: int, options: argparse.Namespace)
     )
     by_hand = median_time(lambda: gradient(model, prompts, mean), options.repeats, torch.device("cpu"))
     library = median_time(lambda: attribution_patch(model, intact, prompts), 1, torch.device("cpu"))
-    own = head_outputs(model, intact)
+    own = read_prompts(backend_of(model), tokenize(backend_of(model), intact), z=True).z
     towards = torch.cat([head_effects(model, [p], None, z) for p, z in zip(prompts, own)])
     about = {"tokens": n_tokens, "prompts": len(prompts), "exact (s)": exact_time}
     return [

@@ -52,5 +52,6 @@ from .tasks.checks import passes as passes, register_check as register_check
 from .running.answers import with_own_answers as with_own_answers
 from .steering.generate import Generations as Generations
 from .steering.gate import Gate as Gate, fit_gate as fit_gate
+from .common.processes import alone as alone
 
 __version__: str

@@ -11,6 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ivlens.common.processes import hidden
+from ivlens.common.storage import write_text
 from ivlens.models.backends import backend_of
 from ivlens.patching import HeadEffects, locate_heads
 from ivlens.plots import plot_similarity
@@ -58,7 +60,7 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
         prompts = {name: [f"Q: {word}\nA:" for word in words] for name, words in SHOWN.items()}
         steered = {n: generate(model, x, vector=vectors[n], max_new_tokens=6) for n, x in prompts.items()}
         tables = {name: table.to_dataframe().to_dict("records") for name, table in steered.items()}
-        (out / "generations.json").write_text(json.dumps(tables, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_text(out / "generations.json", json.dumps(tables, ensure_ascii=False, indent=1) + "\n")
     with _timed("an instruction on the form", seconds):
         try:
             constraint = Constraint.study(model, out / CONSTRAINT, seed)
@@ -67,7 +69,7 @@ def run_demo(model: Any, out: str | Path, *, seed: int = 0) -> Path:
     (out / "heatmap.png").unlink(missing_ok=True)
     with suppress(RuntimeError):  # where no browser can draw it, the report has it anyway
         write_figure(effects.plot(), out / "heatmap.png")
-    (out / "seconds.json").write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "seconds.json", json.dumps(seconds, indent=1) + "\n")
     return _report(out, effects, searches, vectors, scores, steered, constraint)
 
 
@@ -147,7 +149,7 @@ def _vectors(model: Any, tasks: TaskSuite, heads: list, seed: int) -> dict[str, 
     from tqdm.auto import tqdm
 
     searches = {}
-    for task in tqdm(tasks.values(), desc="vectors"):
+    for task in tqdm(tasks.values(), desc="vectors", disable=hidden(True)):
         vector = extract_vector(model, task, heads, n_prompts=20, seed=seed)
         layers = range(0, vector.metadata["signature"]["n_layers"], 2)
         with _edge_is_said():

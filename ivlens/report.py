@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ivlens import __version__
+from ivlens.common.storage import write_text
 from ivlens.plots.image import draw
 from ivlens.steering.generate import Generations
 
@@ -109,9 +110,7 @@ def write_report(
         f"{contents}{body}<footer>{settings}<p>Made with ivlens {_escape(__version__)}.</p></footer>\n"
         "</main>\n</body>\n</html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_text(path, page)
 
 
 def side_by_side(evaluation: Evaluation, task: str, *, n: int = 8) -> Generations:

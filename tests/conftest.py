@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -37,6 +39,15 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     # The notebooks take longest, and files go to processes whole: begun last, they would leave one process without work.
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_for_good():
+    """A collection, one of which ends every training, then leaves out the millions of objects of imported modules."""
+    for name in ("accelerate", "peft", "transformer_lens", "transformers.trainer", "plotly.graph_objects"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 
 import ivlens as ivl
-from ivlens.continual import collect, read_config, run, runner
+from ivlens.continual import collect, read_config, run, runner, stages
 from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
 from ivlens.continual.vectors import base_vectors
 from ivlens.models.backends import backend_of
@@ -144,14 +144,14 @@ def test_prompts_share_their_demonstrations_and_free_text_gets_rouge(base, seque
 
 def test_what_is_finished_is_not_done_again_and_methods_can_be_added(done, sequence, monkeypatch):
     found, folder, options = done
-    for name in ("fine_tune", "_scores"):
-        monkeypatch.setattr(runner, name, lambda *a, **k: pytest.fail("done again"))
+    for room, name in ((stages, "fine_tune"), (stages, "scores"), (runner, "scores")):
+        monkeypatch.setattr(room, name, lambda *a, **k: pytest.fail("done again"))
     again = run(sequence, folder=folder, **options)
     assert again.scores.equals(found.scores) and again.similarity.equals(found.similarity)
     monkeypatch.undo()
     trained = []
-    original = runner.fine_tune
-    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: (trained.append(k["folder"]), original(*a, **k))[1])
+    original = stages.fine_tune
+    monkeypatch.setattr(stages, "fine_tune", lambda *a, **k: (trained.append(k["folder"]), original(*a, **k))[1])
     more = run(sequence, folder=folder, **{**options, "methods": ["lora", "iv", "ewc"], "seeds": (0,)})
     assert {p.parent.parent.name for p in trained} == {"ewc"} and len(trained) == 2
     assert set(more.scores["method"]) == {"base", "lora", "iv", "ewc"}
@@ -159,7 +159,7 @@ def test_what_is_finished_is_not_done_again_and_methods_can_be_added(done, seque
 
 def test_more_prompts_score_again_without_training(done, sequence, monkeypatch):
     _, folder, options = done
-    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: ivl.TrainingRun.load(k["folder"]))
+    monkeypatch.setattr(stages, "fine_tune", lambda *a, **k: ivl.TrainingRun.load(k["folder"]))
     found = run(sequence, folder=folder, **{**options, "n_prompts": 4, "methods": ["lora"], "seeds": (0,)})
     assert (found.scores.groupby(["method", "stage", "task", "shots"]).size() == 4).all()
     assert len(list((folder / "lora" / "seed-0" / "1-one").glob("scores-*.json"))) == 2
@@ -185,7 +185,7 @@ def test_other_training_in_the_same_folder_is_refused(done, sequence):
 
 def test_another_method_under_a_label_of_old_is_refused(done, sequence, monkeypatch):
     _, folder, options = done
-    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(stages, "fine_tune", lambda *a, **k: pytest.fail("trained"))
     with pytest.raises(
         ValueError, match=r"was trained by SequentialLoRA\(\), and 'lora' is EWC\(strength=2.0.* another label"
     ):
@@ -210,7 +210,7 @@ def test_another_method_under_a_label_of_old_is_refused(done, sequence, monkeypa
 def test_what_cannot_work_in_a_later_stage_is_refused_before_the_first(
     base, sequence, tmp_path, monkeypatch, wrong, match
 ):
-    monkeypatch.setattr(runner, "fine_tune", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(stages, "fine_tune", lambda *a, **k: pytest.fail("trained"))
     rows = [{"input": "word " * (300 if i == 3 else 1), "output": "x", "split": "train"} for i in range(10)]
     rows += [{"input": f"{i}", "output": "x", "split": "test"} for i in range(6)]
     long = ivl.Task.from_records(rows, name="long", instruction="x")

@@ -16,7 +16,7 @@ from ivlens.continual.scoring import Scoring
 NUMPY_SECTION = r"^{}\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)"
 # What a shared parameter's description begins with wherever it has one of its own.
 SHARED = {
-    "batch_size": "Prompts per forward pass; halved where memory runs out.",
+    "batch_size": "Prompts per forward pass; None for as many as there is room for. Halved where memory runs out.",
     "n_prompts": "Prompts per task",
     "progress": "Show a progress bar.",
     "seed": "Of all that is drawn at random; global random states are left alone.",

@@ -37,9 +37,9 @@ SAME = {  # where results are kept, what is shown, and how much is done at a tim
     fine_tune: {"folder", "progress"},
     locate_heads: {"folder", "progress", "max_rows"},
     head_effects: {"folder", "progress", "max_rows"},
-    track: {"folder", "progress", "batch_size"},
-    recover: {"folder", "progress"},
-    checkup: {"folder", "progress", "tolerance"},  # by which answers are judged, not given
+    track: {"folder", "progress", "batch_size", "device_map"},
+    recover: {"folder", "progress", "device_map"},
+    checkup: {"folder", "progress", "tolerance", "device_map"},  # by which answers are judged, not given
     runner.experiment: {"folder"},
 }
 BESIDE = {  # `run` and `collect` pass theirs on to `experiment`, `compare` to `track`, `find_heads` to `locate_heads`; others read a folder

@@ -40,15 +40,18 @@ def bare_rows(model, prompts):
 
 @torch.inference_mode()
 def sampled(model, rows, temperature, seed):
-    """Answers of all rows, one token at a time for all, without a cache; the batch in the library's order, shortest first."""
-    backend, generator = backend_of(model), torch.Generator().manual_seed(seed)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    """Answers of all rows, one token at a time for all, without a cache; each row draws numbers of its own, one a token."""
+    backend, order = backend_of(model), range(len(rows))
+    drawn = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in order]
     written, done = {i: [] for i in order}, set()
     for _ in range(TOKENS):
         logits = [model(torch.tensor([[*rows[i], *written[i]]]))[0, -1].float() for i in order]
         if temperature:
-            chances = torch.stack(logits).div(temperature).softmax(-1)
-            tokens = torch.multinomial(chances, 1, generator=generator)[:, 0].tolist()
+            chances = torch.stack(logits).double().div(temperature).softmax(-1).cumsum(-1)
+            numbers = [torch.rand(1, dtype=torch.double, generator=x).item() for x in drawn]
+            tokens = [
+                next(k for k, c in enumerate(row) if c > number) for row, number in zip(chances.tolist(), numbers)
+            ]
         else:
             tokens = torch.stack(logits).argmax(-1).tolist()
         for i, token in zip(order, tokens):
@@ -132,7 +135,8 @@ def test_answers_are_found_again_by_everything_they_depend_on(model, load, promp
     with monkeypatch.context() as m:
         m.setattr("ivlens.running.answers.complete", None)  # nothing is written anew
         assert own_answers(backend_of(model), prompts, **options) == first
-    changes = {"tries": 2, "temperature": 0.5, "max_new_tokens": 4, "batch_size": 3, "seed": 1}
+    assert own_answers(backend_of(model), prompts, max_new_tokens=3, batch_size=3) == first, "in other batches, too"
+    changes = {"tries": 2, "temperature": 0.5, "max_new_tokens": 4, "seed": 1}
     for n, (name, value) in enumerate(changes.items(), start=2):
         own_answers(backend_of(model), prompts, **{**options, name: value})
         assert len(list(tmp_path.iterdir())) == n, name

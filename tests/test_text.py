@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import ivlens as ivl
 from ivlens.continual.scoring import Scoring, free_text, score_task, scored_prompts
 from ivlens.models import backend_of
-from ivlens.running.batches import in_batches
+from ivlens.running import batches
 from ivlens.running.decoding import complete
 from ivlens.running.scores import exact_match, rouge_l
 from ivlens.running.tokens import TokenizedPrompt, tokenize
@@ -165,13 +165,35 @@ def test_which_option_is_chosen_does_not_depend_on_which_is_right(smollm2):
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 9), st.integers(1, 9))
 @pytest.mark.filterwarnings("ignore:out of memory")
 def test_every_row_is_worked_on_once_also_where_memory_runs_out(lengths, batch_size, room):
-    done: list[int] = []
+    def work(index):
+        if len(index) > room:
+            raise torch.OutOfMemoryError("too much")
+        return [lengths[i] for i in index]
+
+    found = list(batches.by_length(lengths, batch_size, work))
+    done = [i for index, _ in found for i in index]
+    assert sorted(done) == list(range(len(lengths)))
+    assert [x for _, values in found for x in values] == [lengths[i] for i in done] == sorted(lengths)
+    assert all(len(index) <= min(batch_size, room) for index, _ in found)
+
+
+@QUICK
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200), st.integers(1, 5), st.sampled_from([1, 3, 99]))
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_processes_share_the_rows_in_the_batches_of_one_where_there_are_enough(lengths, tokens, n, room):
+    """As many of a length as a number of tokens allows, so that batches are of different sizes."""
 
     def work(index):
         if len(index) > room:
             raise torch.OutOfMemoryError("too much")
-        done.extend(index)
 
-    in_batches(lengths, batch_size, work)
-    assert sorted(done) == list(range(len(lengths)))
-    assert [lengths[i] for i in done] == sorted(lengths)
+    def parts(index, count):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batches, "here", lambda: (index, count))
+            return [rows for rows, _ in batches.by_length(lengths, lambda length: max(tokens // length, 1), work)]
+
+    one, several = parts(0, 1), [parts(i, n) for i in range(n)]
+    assert all(len(rows) * max(lengths[i] for i in rows) <= tokens or len(rows) == 1 for rows in one)
+    assert sorted(i for own in several for rows in own for i in rows) == list(range(len(lengths)))
+    if len(one) >= n and room == 99:
+        assert several == [one[i::n] for i in range(n)]

@@ -8,14 +8,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ivlens.common.processes import joined
+
 
 class Commands(TyperGroup):
-    """A sign that the terminal's code page lacks comes out as ?, and doesn't end a run after its work is done."""
+    """A sign that the terminal's code page lacks comes out as ?, and doesn't end a run after its work is done. Processes that were
+    started together work together."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
-        return super().main(*args, **kwargs)
+        with joined():
+            return super().main(*args, **kwargs)
 
 
 app = typer.Typer(

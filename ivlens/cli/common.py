@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ivlens.common.processes import is_main
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -29,6 +31,8 @@ def readable_errors() -> Iterator[None]:
     except Exception as error:
         if type(error).__module__ == "builtins" and isinstance(error, BUGS) and not isinstance(error, KeyError):
             raise
+        if not is_main():  # the main process says it
+            raise typer.Exit(2) from error
         text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
         ours = isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) or " " in text
         typer.echo(f"error: {text if ours and text else f'{type(error).__name__}: {text}'.rstrip(': ')}", err=True)
@@ -38,7 +42,8 @@ def readable_errors() -> Iterator[None]:
 def load(name: str, backend: str, adapter: str | None = None, device: str | None = None) -> Any:
     from ivlens.models import load_model
 
-    return load_model(name, backend=backend, adapter=adapter, device=device)
+    where = {"device_map": device} if device == "auto" else {"device": device}
+    return load_model(name, backend=backend, adapter=adapter, **where)
 
 
 def read_tasks(
@@ -101,7 +106,9 @@ def vector_folders(folder: Path, suite: TaskSuite) -> dict[str, Path]:
 
 
 def report(out: Path, title: str, sections: list[Section], metadata: dict[str, Any]) -> None:
-    """`report.html` in the folder."""
+    """`report.html` in the folder, written by one process of several."""
+    if not is_main():
+        return
     from ivlens.report import write_report
 
     about = {key: str(value) for key, value in metadata.items() if value is not None}
@@ -110,11 +117,14 @@ def report(out: Path, title: str, sections: list[Section], metadata: dict[str, A
 
 def say(text: str) -> None:
     """As it is: a path isn't wrapped, and its brackets are no markup."""
-    typer.echo(text)
+    if is_main():
+        typer.echo(text)
 
 
 def print_table(frame: pd.DataFrame, title: str) -> None:
     """A table in the terminal: numbers on the right, line breaks written out."""
+    if not is_main():
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

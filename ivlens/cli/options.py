@@ -10,7 +10,7 @@ from typer import Option
 Model = Annotated[str, Option("--model", "-m", help="smollm2, a hub id, a folder or a .gguf file")]
 Backend = Annotated[str, Option("--backend", help="auto, bridge or hooked")]
 Adapter = Annotated[str | None, Option("--adapter", help="A PEFT adapter to put on the model")]
-Device = Annotated[str | None, Option("--device", help="cpu, cuda, cuda:1, …")]
+Device = Annotated[str | None, Option("--device", help="cpu, cuda, cuda:1, … or auto: over all of them")]
 Tasks = Annotated[list[str] | None, Option("--task", "-t", help="A built-in task; may be given several times")]
 Group = Annotated[str | None, Option("--group", help="All built-in tasks of a group, such as formats")]
 _FILE = (

@@ -173,6 +173,7 @@ def steer(
 ) -> None:
     """Continue prompts without the vector, with it, and with it subtracted."""
     with readable_errors():
+        from ivlens.common.storage import write_text
         from ivlens.report import Section
         from ivlens.steering.generate import generate
         from ivlens.tasks.prompts import Prompt
@@ -188,8 +189,7 @@ def steer(
         options |= {"max_new_tokens": max_new_tokens or (40 if free else 10), "stop": None if free else "auto"}
         result = generate(load(model, backend, adapter, device), asked, vector=loaded, **options)
         frame = result.to_dataframe()
-        out.mkdir(parents=True, exist_ok=True)
-        frame.to_json(out / "generations.json", orient="records", indent=1, force_ascii=False)
+        write_text(out / "generations.json", frame.to_json(orient="records", indent=1, force_ascii=False))
         report(out, f"Steering: {loaded.name}", [Section("Side by side", repr(loaded), [result])], {"model": model})
     print_table(frame, repr(loaded))
     say(f"Wrote {out / 'generations.json'} and {out / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,8 +162,12 @@ def _study(
 
 def _of_base(model: Any, suite: TaskSuite, heads: tuple[Path | None, int], options: dict[str, Any], out: Path) -> Any:
     """The base model's instruction heads and vectors."""
+    from ivlens.common.keys import key
+    from ivlens.common.storage import kept
     from ivlens.patching import HeadEffects, locate_heads
     from ivlens.vectors.extraction import extract_vector
+    from ivlens.vectors.files import FILE
+    from ivlens.vectors.vector import InstructionVector
 
     asked = {key: value for key, value in options.items() if key != "n_prompts"}
     if heads[0] is None:
@@ -172,8 +177,12 @@ def _of_base(model: Any, suite: TaskSuite, heads: tuple[Path | None, int], optio
         effects.save(out / "effects.safetensors")
     else:
         effects = HeadEffects.load(heads[0])
-    chosen = effects.top(heads[1])
-    return chosen, {name: extract_vector(model, task, chosen, n_prompts=30, **asked) for name, task in suite.items()}
+    chosen, vectors = effects.top(heads[1]), {}
+    for name, task in suite.items():
+        make = partial(extract_vector, model, task, chosen, n_prompts=30, **asked)
+        path = out / "partial" / key(model, task, chosen, asked) / FILE
+        vectors[name] = kept(path, make, InstructionVector.load, lambda at, vector: vector.save(at.parent))
+    return chosen, vectors
 
 
 def _knowledge(checkpoints: list[str], model: str, suite: TaskSuite, options: dict[str, Any]) -> list[Any]:

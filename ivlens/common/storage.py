@@ -1,4 +1,4 @@
-"""Files: tensors as safetensors, everything else as JSON in their header. Written whole or not at all."""
+"""Files: tensors as safetensors, everything else as JSON in their header. Written whole or not at all, by one process of several."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["read_json", "read_tensors", "safe_name", "write_json", "write_tensors", "write_text"]
+from ivlens.common.processes import is_main, on_main
+
+__all__ = ["kept", "read_json", "read_tensors", "safe_name", "write_json", "write_tensors", "write_text"]
+
+T = TypeVar("T")
 
 
 def safe_name(name: str) -> str:
@@ -26,6 +30,23 @@ def safe_name(name: str) -> str:
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     safe = safe.lstrip(".") or "_"  # nothing hidden, and no way up
     return safe if len(safe) <= 100 else f"{safe[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def kept(path: Path | None, make: Callable[[], T], read: Callable[[Path], T], write: Callable[[Path, T], Any]) -> T:
+    """What is kept at a path, the same in every process, or else what `make` gives, kept from now on; with None, nothing is."""
+    if path is None:
+        return make()
+    about = f"what is kept at {path}"
+    found = on_main(lambda: read(path) if path.exists() else None, about)
+    if found is not None:
+        return found
+    made = make()
+
+    def again() -> T:  # as it is read another time
+        write(path, made)
+        return read(path)
+
+    return on_main(again, about)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> Path:
@@ -71,6 +92,8 @@ def write_text(path: str | Path, text: str) -> Path:
 def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Write beside the path, and put that in its place in one step."""
     path = Path(path)
+    if not is_main():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     write(partial)

@@ -147,6 +147,10 @@ class Experiment:
         path = self.scores_in(folder)
         return read_json(path, SCORES) if path.is_file() else None
 
+    def done(self, stop: Stop) -> bool:
+        """Whether it is trained and scored."""
+        return stop.trained and self.scores(stop.folder) is not None
+
     def keep_scores(self, folder: Path, found: dict[str, Any]) -> None:
         write_json(self.scores_in(folder), SCORES, found)
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from tqdm.auto import tqdm
-from transformers import TrainingArguments
 
-from ivlens.continual.experiment import Experiment, Stop, experiment
+from ivlens.common.processes import everyones, on_main
+from ivlens.continual.experiment import Experiment, experiment
 from ivlens.continual.results import ContinualResults
-from ivlens.continual.scoring import score_task, scored_prompts
-from ivlens.models.adapters import check_stackable
-from ivlens.models.backends import backend_of
-from ivlens.models.checkpoints import checkpoints_in, open_checkpoints
-from ivlens.models.hooking import tokenizing_backend
-from ivlens.models.loading import load_hf, load_model
-from ivlens.tasks.suite import as_suite
-from ivlens.tasks.task import Task, same_input
-from ivlens.training.data import rows_needed, training_rows
-from ivlens.training.finetune import fine_tune
-from ivlens.training.guidance import checked_guidance
-from ivlens.training.hooks import TaskInjection
-from ivlens.training.methods import Guided, Method
+from ivlens.continual.stages import check_stages, own_stages, scores
+from ivlens.models.loading import load_model
+from ivlens.tasks.task import Task
+from ivlens.training.methods import Method
 from ivlens.training.run import TrainingRun
 from ivlens.vectors.vector import InstructionVector
 
@@ -36,6 +24,8 @@ if TYPE_CHECKING:
     from ivlens.continual.plan import Plan
 
 __all__ = ["collect", "run"]
+
+DAYS = 24.0 * 30  # for which a process waits that has no stages left; in hours
 
 
 def run(
@@ -122,26 +112,26 @@ def run(
         from ivlens.continual.plan import plan
 
         return plan(what)
-    what.settle()
-    _check_stages(what)
+    on_main(what.settle, f"an experiment in {folder}", hours=DAYS)
+    on_main(lambda: check_stages(what), "its stages")
     vectors: dict[str, InstructionVector] = {}
     if what.similarity or any(method.needs_vectors for method in what.methods.values()):
         from ivlens.continual.vectors import base_vectors
 
         vectors = base_vectors(what, progress=progress)
-    if what.scores(what.folder / "base") is None:
-        found = _scores(what, load_model(what.model, backend="bridge", dtype=what.dtype))
+    if on_main(lambda: what.scores(what.folder / "base"), "scores of the base model") is None:
+        found = scores(what, load_model(what.model, backend="bridge", dtype=what.dtype))
         what.keep_scores(what.folder / "base", {"scores": found})
-    previous: TrainingRun | None = None
-    with tqdm(total=len(list(what.stops())), desc="stages", disable=not progress) as bar:
-        for stop in what.stops():
-            bar.set_postfix_str(str(stop))
-            if stop.trained and what.scores(stop.folder) is not None:
-                previous = TrainingRun.load(stop.folder)
-            else:
-                previous = _train(what, stop, vectors, None if stop.number == 1 else previous, progress)
-                _score(what, stop, previous, vectors)
-            bar.update()
+    todo = on_main(lambda: [stop for stop in what.stops() if not what.done(stop)], "what is to be done")
+    list(everyones(own_stages(what, todo, vectors, progress), "stages", hours=DAYS))
+    return on_main(lambda: _whole(what), "results")
+
+
+def _whole(what: Experiment) -> ContinualResults:
+    """The results, which must all be there."""
+    if missing := [str(stop) for stop in what.stops() if not what.done(stop)]:
+        said = f"{what.folder} lacks what another process has just finished ({missing[0]})"
+        raise FileNotFoundError(f"{said}; give a folder that all machines share")
     return _results(what)
 
 
@@ -203,80 +193,22 @@ def collect(
     return _results(what)
 
 
-def _check_stages(what: Experiment) -> None:
-    """Raise now what would only be raised in a later stage, of training arguments, adapters, layers and rows."""
-    waiting = [(stop.task, stop.seed) for stop in what.stops() if not stop.trained]
-    if not waiting:
-        return
-    own = inspect.signature(experiment).parameters
-    TrainingArguments(str(what.folder), use_cpu=True, **{k: v for k, v in what.training.items() if k not in own})
-    loaded = load_hf(what.model, dtype=what.dtype)
-    backend = tokenizing_backend(*loaded)
-    for method in what.methods.values():
-        if method.fresh and what.training["lora"] is not True:
-            check_stackable(what.training["lora"])
-        for part in (part for part in method.parts if isinstance(part, Guided)):
-            TaskInjection.of(None, (), checked_guidance(part.guidance, {}, part.keep_teacher), loaded[0].config)
-    shots = max(method.teacher_shots for method in what.methods.values())
-    n = rows_needed(what.training["steps"], what.training["batch_size"], what.training)
-    look = {name: what.training[name] for name in ("shots", "instruction", "style")}
-    for task, seed in dict.fromkeys(waiting):
-        training_rows(backend, as_suite(what.sequence[task]), n, {**look, "seed": seed}, teacher_shots=shots)
-
-
-def _train(
-    what: Experiment, stop: Stop, vectors: dict[str, InstructionVector], previous: TrainingRun | None, progress: bool
-) -> TrainingRun:
-    # Rows of earlier tasks have their own tasks' vectors.
-    tasks = list(what.sequence)[: stop.number] if "rows" in stop.method.changes else [stop.task]
-    guide = {task: vectors[task] for task in tasks} if stop.method.needs_vectors else None
-    options = {"folder": stop.folder, "method": stop.method, "seed": stop.seed, "progress": progress, **what.training}
-    done = fine_tune(what.model, what.sequence[stop.task], vectors=guide, previous=previous, **options)
-    # These were for going on after an interruption.
-    for checkpoint in checkpoints_in(stop.folder):
-        shutil.rmtree(checkpoint)
-    for kept in stop.folder.glob("teacher-*.safetensors"):
-        kept.unlink()
-    return done
-
-
-def _score(what: Experiment, stop: Stop, trained: TrainingRun, vectors: dict[str, InstructionVector]) -> None:
-    checkpoint = open_checkpoints(what.model, [trained.final], dtype=what.dtype)[0][1]
-    with checkpoint.use() as model:
-        general = what.scoring.general_after == "every" or stop.number == len(what.sequence)
-        found: dict[str, Any] = {"scores": _scores(what, model, general)}
-        if what.similarity:
-            from ivlens.continual.vectors import similarities
-
-            found["similarity"] = similarities(model, what, vectors)
-    what.keep_scores(stop.folder, found)
-
-
-def _scores(what: Experiment, model: Any, general: bool = True) -> list[dict[str, Any]]:
-    backend, found = backend_of(model), []
-    for kind, task, look in (x for x in what.looks() if general or x[0] == "trained"):
-        prompts = scored_prompts(task, what.scoring, **look)
-        values, asked = score_task(backend, task, prompts, what.scoring), [same_input(p.query) for p in prompts]
-        found.append({"task": task.name, "kind": kind, "shots": look["shots"], "scores": values, "queries": asked})
-    return found
-
-
 def _results(what: Experiment) -> ContinualResults:
     """Of all stages that are scored."""
-    scores, similarity, costs = [*_rows("base", 0, 0, what.scores(what.folder / "base"))], [], []
+    rows, similarity, costs = [*_rows("base", 0, 0, what.scores(what.folder / "base"))], [], []
     for stop in what.stops():
         found = what.scores(stop.folder) if stop.trained else None
         if found is None:
             continue
         at = {"method": stop.label, "seed": stop.seed, "stage": stop.number}
-        scores += _rows(*at.values(), found)
+        rows += _rows(*at.values(), found)
         similarity += [{**at, "task": t, "similarity": value} for t, value in found.get("similarity", {}).items()]
         costs.append({**at, **TrainingRun.load(stop.folder).cost})
     metadata = {"model": what.model, "sequence": what.sequence.names, "general": what.general.names}
     metadata["methods"] = {label: repr(method) for label, method in what.methods.items()}
     metadata |= {k: v if isinstance(v, (int, float, str, bool)) else repr(v) for k, v in what.training.items()}
     metadata |= {"n_prompts": what.scoring.n_prompts, "split": what.scoring.split}
-    return ContinualResults(pd.DataFrame(scores), pd.DataFrame(similarity), pd.DataFrame(costs), metadata)
+    return ContinualResults(pd.DataFrame(rows), pd.DataFrame(similarity), pd.DataFrame(costs), metadata)
 
 
 def _rows(method: str, seed: int, stage: int, found: Any) -> Iterator[dict[str, Any]]:

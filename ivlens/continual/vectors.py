@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ivlens.common.processes import on_main
 from ivlens.common.storage import safe_name
 from ivlens.continual.experiment import Experiment
 from ivlens.models.loading import load_model
@@ -29,9 +31,11 @@ def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, Instruc
     model's accuracy on prompts as they are trained on (our choice). Each is kept in the experiment's folder once it is done.
     """
     folder = experiment.folder / "vectors"
-    if any(not (folder / safe_name(name) / FILE).is_file() for name in experiment.sequence):
-        _make(experiment, folder, progress)
-    vectors = {name: InstructionVector.load(folder / safe_name(name)) for name in experiment.sequence}
+    names = list(experiment.sequence)
+    missing = on_main(lambda: [x for x in names if not (folder / safe_name(x) / FILE).is_file()], "vectors there are")
+    if missing:
+        _make(experiment, missing, folder, progress)
+    vectors = on_main(lambda: {x: InstructionVector.load(folder / safe_name(x)) for x in names}, "vectors")
     weak = [name for name, vector in vectors.items() if vector.metadata.get("accuracy", 1.0) < WEAK]
     if weak and any(isinstance(p, Guided) for method in experiment.methods.values() for p in method.parts):
         does = "; ".join(vectors[name].metadata["search"] for name in weak)
@@ -42,8 +46,8 @@ def base_vectors(experiment: Experiment, *, progress: bool) -> dict[str, Instruc
     return vectors
 
 
-def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
-    """Those that aren't there yet."""
+def _make(experiment: Experiment, names: Sequence[str], folder: Path, progress: bool) -> None:
+    """Those of these tasks."""
     model, look = load_model(experiment.model, backend="bridge", dtype=experiment.dtype), _look(experiment)
     kind = "shuffled_labels" if look["shots"] >= 2 else "no_instruction"
     options = {"counterfactual": kind, "folder": folder / "partial", "progress": progress, **look}
@@ -51,9 +55,8 @@ def _make(experiment: Experiment, folder: Path, progress: bool) -> None:
     effects.save(folder / "effects.safetensors")
     heads = effects.top(experiment.heads_per_vector)
     asked = {key: experiment.training[key] for key in ("shots", "instruction", "style")}
-    for name, task in experiment.sequence.items():
-        if (folder / safe_name(name) / FILE).is_file():
-            continue
+    for name in names:
+        task = experiment.sequence[name]
         vector = extract_vector(model, task, heads, n_prompts=30, **look)
         search = tune_injection(model, task, vector, n_prompts=min(20, len(task.valid)), progress=False, **asked)
         found = {"search": repr(search), "accuracy": search.accuracy.max().item()}

@@ -13,7 +13,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ivlens.common.keys import key
-from ivlens.common.storage import read_json, safe_name, write_json
+from ivlens.common.processes import hidden
+from ivlens.common.storage import kept, read_json, safe_name, write_json
 from ivlens.dynamics.diagnosis import Checkup
 from ivlens.dynamics.recovery import AFTER, BEFORE, OLD, RANDOM
 from ivlens.dynamics.second_look import find_heads, find_vector, hits, put_back, shares, still_written
@@ -48,6 +49,7 @@ def checkup(
     style: str | None = None,
     n_prompts: int | None = None,
     max_new_tokens: int = 40,
+    device_map: Any = None,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -78,6 +80,8 @@ def checkup(
         Prompts per task, of the test split; default 100, of free answers 48 (`fast`: 50 and 20), or as many as there are.
     max_new_tokens
         How long free answers may be.
+    device_map
+        Of models given by name: over which devices, as for `load_model`.
     folder
         Where to keep what is done, so that an interrupted run goes on there, the old vectors, and the result in `checkup.json`.
     seed
@@ -99,11 +103,11 @@ def checkup(
     suite = as_skills(skills, fast)
     looks = {name: look_of(task, shots, instruction, style, seed) for name, task in suite.items()}
     asked = {name: asked_prompts(task, sizes, looks[name]) for name, task in suite.items()}
-    models, names = _opened(base, after)
+    models, names = _opened(base, after, device_map)
     about: dict[str, Any] = {"tolerance": tolerance, "fast": fast, "shots": shots, "instruction": instruction}
     about |= {"seed": seed, **names, "skills": {name: skill_about(task, fast) for name, task in suite.items()}}
     work = _Work(suite, looks, asked, sizes, None if folder is None else Path(folder))
-    with tqdm(total=2 * len(suite), desc="checkup", disable=not progress) as bar:
+    with tqdm(total=2 * len(suite), desc="checkup", disable=hidden(progress)) as bar:
         # What may not load comes first.
         rows = [row for when in (AFTER, BEFORE) for row in work.first_look(when, models[when], bar)]
         result = Checkup(pd.DataFrame(rows), pd.DataFrame(columns=HEADS), about)
@@ -203,12 +207,8 @@ class _Work:
         tries: Mapping[str, InstructionVector | None],
     ) -> list[dict[str, Any]]:
         path = self._path(mine, prompts, tries, self.sizes.length, _checks(prompts), ending=".json")
-        if path is None or not path.exists():
-            found = hits(model, prompts, tries, self.sizes.length)
-            if path is not None:
-                write_json(path, KEPT, found)
-        else:
-            found = read_json(path, KEPT)
+        make = partial(hits, model, prompts, tries, self.sizes.length)
+        found = kept(path, make, lambda at: read_json(at, KEPT), lambda at, x: write_json(at, KEPT, x))
         about = {"skill": name, "model": when, "asked": asked}
         return [
             {**about, "added": added, "prompt": i, "query": same_input(p.query), "hit": hit, "text": text}
@@ -219,11 +219,8 @@ class _Work:
     def _vector(self, make: Callable[[], InstructionVector], name: str, *about: Any) -> InstructionVector:
         checks = _checks(build_prompts(self.suite[name], split="valid"))
         path = self._path(*about, self.suite[name], self.looks[name], self.sizes, checks)
-        if path is None:
-            return make()
-        if not (path / FILE).exists():
-            make().save(path)
-        return InstructionVector.load(path)
+        file = None if path is None else path / FILE
+        return kept(file, make, InstructionVector.load, lambda at, vector: vector.save(at.parent))
 
 
 def _checks(prompts: Sequence[Prompt]) -> list[str]:
@@ -231,12 +228,12 @@ def _checks(prompts: Sequence[Prompt]) -> list[str]:
     return [check_source(check) for check in sorted({p.query.check for p in prompts if p.query.check})]
 
 
-def _opened(base: Any, after: Any) -> tuple[dict[str, Checkpoint], dict[str, Any]]:
+def _opened(base: Any, after: Any, device_map: Any) -> tuple[dict[str, Checkpoint], dict[str, Any]]:
     """Both models, and what to call them."""
     if isinstance(after, (str, Path)):
         run = Path(after)
         after = str(run / FINAL) if (run / SETTINGS).is_file() else hub_adapter(str(after))
-    (start, *others), broken = open_checkpoints(base, [after])
+    (start, *others), broken = open_checkpoints(base, [after], device_map=device_map)
     if broken:
         raise ValueError("; ".join(broken.values()))
     names = {BEFORE: base, AFTER: after}

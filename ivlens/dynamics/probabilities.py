@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.common.processes import hidden
 from ivlens.common.statistics import bootstrap_mean, sign_flip
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.common.tables import table_html
@@ -105,7 +106,7 @@ def answer_probabilities(
     style: str = "qa",
     split: str = "test",
     n_prompts: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> AnswerProbabilities:
@@ -127,7 +128,7 @@ def answer_probabilities(
     n_prompts
         Prompts per task; None for the whole split.
     batch_size
-        Prompts per forward pass; halved where memory runs out.
+        Prompts per forward pass; None for as many as there is room for. Halved where memory runs out.
     seed
         Of all that is drawn at random; global random states are left alone.
     progress
@@ -142,7 +143,7 @@ def answer_probabilities(
     found: dict[str, dict[str, Tensor]] = {"knowledge": {}, "instruction": {}, "tokens": {}}
     queries: dict[str, list[str]] = {}
     options: dict[str, Any] = {"instruction": instruction, "style": style, "split": split, "seed": seed}
-    with tqdm(total=2 * len(suite), desc="answer probabilities", disable=not progress) as bar:
+    with tqdm(total=2 * len(suite), desc="answer probabilities", disable=hidden(progress)) as bar:
         for task in suite.values():
             prompts = build_prompts(task, n=n_prompts, shots=shots, **options)
             queries[task.name], lengths = [same_input(prompt.query) for prompt in prompts], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.keys import key
-from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.common.processes import hidden
+from ivlens.common.storage import kept, read_tensors, write_tensors
 from ivlens.dynamics.recovery import AFTER, BEFORE, BEFORE_STEERED, HEADS, MINUS, OLD, OTHER, RANDOM, STATE, Recovery
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
@@ -50,6 +52,7 @@ def recover(
     scales: Sequence[float] = SCALES,
     n_valid: int = 25,
     n_prompts: int | None = 100,
+    device_map: Any = None,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -81,6 +84,8 @@ def recover(
         Prompts per task that choose layer and scale; fewer where the split has fewer.
     n_prompts
         Prompts per task that are scored; None for the whole split.
+    device_map
+        Of models given by name: over which devices, as for `load_model`.
     folder
         Where to keep what is done, so that an interrupted run goes on there.
     seed
@@ -92,7 +97,7 @@ def recover(
     if missing := [name for name in suite if name not in vectors]:
         raise ValueError(f"no vector for task(s) {', '.join(missing)}; extract one each with ivl.extract_vector")
     single = isinstance(checkpoints, (str, Path))
-    opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)
+    opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints, device_map=device_map)
     look = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     with opened[0].use() as hooked:
         backend, base = backend_of(hooked), None if folder is None else key(hooked)
@@ -110,7 +115,7 @@ def recover(
     choices: list[dict[str, Any]] = []
     kept = (base, prompts, list(suite), vectors, subtract, alternatives, layers, scales, seed)
     store = _Store(folder, None if folder is None else key(kept))
-    with tqdm(total=len(opened) * len(suite), desc="recovering", disable=not progress) as bar:
+    with tqdm(total=len(opened) * len(suite), desc="recovering", disable=hidden(progress)) as bar:
         for task in suite:
             bar.set_postfix_str(task)
             before = store.get(opened[0], task, _before, prompts[task], tries)
@@ -238,11 +243,11 @@ class _Store:
     def get(self, checkpoint: Checkpoint, task: str, make: Callable[..., Found], *given: Any) -> Found:
         """What was kept for a checkpoint and task, or else what `make` finds, kept from now on."""
         with checkpoint.use() as model:
-            if self.folder is None:
-                return make(backend_of(model), checkpoint.label, task, *given)
-            path = self.folder / f"{key(self.settings, checkpoint.label, model, task)}.safetensors"
-            if not path.exists():
-                self._keep(path, make(backend_of(model), checkpoint.label, task, *given))
+            name = None if self.folder is None else key(self.settings, checkpoint.label, model, task)
+            path = None if self.folder is None else self.folder / f"{name}.safetensors"
+            return kept(path, partial(make, backend_of(model), checkpoint.label, task, *given), self._read, self._keep)
+
+    def _read(self, path: Path) -> Found:
         tensors, about = read_tensors(path)
         groups: Found = {"hits": {}, "states": {}, "choices": about["choices"]}
         for name in about["order"]:  # that of the conditions; the file sorts them

@@ -15,10 +15,12 @@ from tqdm.auto import tqdm
 
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.common.tables import table_html
+from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.running.reading import read_prompts
+from ivlens.patching.heads import head_means
+from ivlens.running.reading import SCORES, read_batches
 from ivlens.running.tokens import TokenizedPrompt
 from ivlens.vectors.extraction import vector_from_heads
 from ivlens.vectors.vector import InstructionVector
@@ -122,7 +124,7 @@ def take_snapshot(
     base: Snapshot | None = None,
     distance: float = 0.0,
     effects: HeadEffects | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     bar: tqdm | None = None,
 ) -> Snapshot:
     """One forward pass of every prompt, from which everything is read.
@@ -132,13 +134,27 @@ def take_snapshot(
     backend = backend_of(model)
     found: dict[str, dict[str, Any]] = {name: {} for name in ("vectors", "hidden", "accuracy", "log_probability")}
     for task, shown in prompts.items():
-        read = read_prompts(backend, shown.mean, z=True, batch_size=batch_size, bar=bar)
-        vector = vector_from_heads(model, read.z, heads, task=task, n_prompts=len(shown.mean))
-        answered = read_prompts(backend, shown.answered, resid=True, batch_size=batch_size, bar=bar)
+        means = head_means(backend, shown.mean, batch_size=batch_size, bar=bar)
+        vector = vector_from_heads(model, means, heads, task=task, n_prompts=len(shown.mean))
         found["vectors"][task] = vector
-        old = vector if base is None else base.vectors[task]
-        cosines = torch.nn.functional.cosine_similarity(answered.resid, old.vector.to(answered.resid), dim=-1)
-        found["hidden"][task] = cosines.mean(0)
-        found["accuracy"][task] = answered.scores["accuracy"]
-        found["log_probability"][task] = answered.scores["log_probability"]
+        old = vector.vector if base is None else base.vectors[task].vector
+        hidden, scores = _answered(backend, shown.answered, old, batch_size, bar)
+        found["hidden"][task] = hidden
+        found["accuracy"][task], found["log_probability"][task] = scores
     return Snapshot(label, step, **found, distance=distance, effects=effects)
+
+
+def _answered(
+    backend: Backend, rows: Sequence[TokenizedPrompt], old: Tensor, batch_size: int | None, bar: tqdm | None
+) -> tuple[Float[Tensor, " layer"], Float[Tensor, "score prompt"]]:
+    """Mean cosine of the residual streams with the old vector, and every prompt's accuracy and log-probability."""
+
+    def compared(read: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        cosines = torch.nn.functional.cosine_similarity(read["resid"], old.to(read["resid"]), dim=-1)
+        return cosines.double().sum(0), torch.stack([read[name] for name in SCORES])
+
+    total, scores = torch.zeros(backend.n_layers, dtype=torch.double), torch.empty(len(SCORES), len(rows))
+    for index, (cosines, some) in read_batches(backend, rows, compared, resid=True, batch_size=batch_size, bar=bar):
+        total += cosines
+        scores[:, index] = some
+    return (total / len(rows)).float(), scores

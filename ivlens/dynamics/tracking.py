@@ -9,10 +9,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ivlens.common.keys import key
+from ivlens.common.processes import hidden
+from ivlens.common.storage import kept
 from ivlens.dynamics.change import Change
 from ivlens.dynamics.snapshot import Snapshot, TaskPrompts, take_snapshot
 from ivlens.models.backends import backend_of
-from ivlens.models.checkpoints import open_checkpoints
+from ivlens.models.checkpoints import Checkpoint, open_checkpoints
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
 from ivlens.patching.locating import locate_heads
@@ -37,7 +39,8 @@ def compare(
     n_prompts: int | None = 100,
     n_mean: int = 30,
     n_effects: int = 8,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    device_map: Any = None,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -50,12 +53,13 @@ def compare(
         A model's name or folder, or a hooked model.
     after
         An adapter folder, a model's name or folder, or a hooked model.
-    tasks, heads, shots, instruction, style, split, n_prompts, n_mean, n_effects, batch_size, folder, seed, progress
+    tasks, heads, shots, instruction, style, split, n_prompts, n_mean, n_effects, batch_size, device_map, folder, seed, progress
         As in `track`.
     """
     look = {"shots": shots, "instruction": instruction, "style": style, "split": split, "seed": seed}
     amounts = {"n_prompts": n_prompts, "n_mean": n_mean, "n_effects": n_effects, "batch_size": batch_size}
-    return track([after], tasks, heads, model=before, **look, **amounts, folder=folder, progress=progress)
+    kept_at = {"device_map": device_map, "folder": folder}
+    return track([after], tasks, heads, model=before, **look, **amounts, **kept_at, progress=progress)
 
 
 def track(
@@ -71,7 +75,8 @@ def track(
     n_prompts: int | None = 100,
     n_mean: int = 30,
     n_effects: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    device_map: Any = None,
     folder: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -102,7 +107,9 @@ def track(
     n_effects
         Prompts per task on which all heads are swept too, for the overlap of head sets; 0 for not.
     batch_size
-        Prompts per forward pass; halved where memory runs out.
+        Prompts per forward pass; None for as many as there is room for. Halved where memory runs out.
+    device_map
+        Of models given by name: over which devices, as for `load_model`.
     folder
         Where to keep every snapshot, so that an interrupted run goes on there.
     seed
@@ -119,7 +126,7 @@ def track(
     suite = as_suite(tasks, answered=[split])
     heads = heads.top(10) if isinstance(heads, HeadEffects) else [Head(*h) for h in heads]
     single = isinstance(checkpoints, (str, Path))
-    opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints)
+    opened, skipped = open_checkpoints(model, [checkpoints] if single else checkpoints, device_map=device_map)
     look = {"shots": shots, "instruction": instruction, "style": style, "seed": seed}
     with opened[0].use() as hooked:
         backend = backend_of(hooked)
@@ -133,7 +140,7 @@ def track(
     queries = {name: [same_input(prompt.query) for prompt in each] for name, each in answered.items()}
     snapshots: list[Snapshot] = []
     total = len(opened) * sum(len(p.mean) + len(p.answered) for p in prompts.values())
-    with tqdm(total=total, desc="tracking", disable=not progress) as bar:
+    with tqdm(total=total, desc="tracking", disable=hidden(progress)) as bar:
         for checkpoint in opened:
             bar.set_postfix_str(checkpoint.label)
             with checkpoint.use() as hooked:
@@ -142,16 +149,15 @@ def track(
                     swept = [n_effects, look, list(suite.values())] if n_effects else []
                     found = key(base, hooked, checkpoint.label, checkpoint.step, prompts, heads, swept)
                     path = Path(folder) / "partial" / f"{found}.safetensors"
-                    if path.exists():
-                        snapshots.append(Snapshot.load(path))
-                        bar.update(total // len(opened))
-                        continue
-                effects = locate_heads(hooked, suite, n_prompts=n_effects, **sweep) if n_effects else None
-                about = {"label": checkpoint.label, "step": checkpoint.step, "distance": checkpoint.distance(hooked)}
-                about |= {"base": snapshots[0] if snapshots else None, "effects": effects}
-                snapshots.append(take_snapshot(hooked, prompts, heads, batch_size=batch_size, bar=bar, **about))
-                if path is not None:
-                    snapshots[-1].save(path)
+
+                def make(checkpoint: Checkpoint = checkpoint, hooked: Any = hooked) -> Snapshot:
+                    effects = locate_heads(hooked, suite, n_prompts=n_effects, **sweep) if n_effects else None
+                    about = {"label": checkpoint.label, "step": checkpoint.step, "effects": effects}
+                    about |= {"distance": checkpoint.distance(hooked), "base": snapshots[0] if snapshots else None}
+                    return take_snapshot(hooked, prompts, heads, batch_size=batch_size, bar=bar, **about)
+
+                snapshots.append(kept(path, make, Snapshot.load, lambda at, snapshot: snapshot.save(at)))
+                bar.update(len(snapshots) * total // len(opened) - bar.n)
     about = {"model": backend.name, "split": split, "n_mean": n_mean, **look, "queries": queries}
     change = Change(tuple(snapshots), skipped, about)
     if folder is not None:

@@ -98,6 +98,11 @@ def add_adapter(
         else:
             hf_model = PeftModel.from_pretrained(hf_model, str(path), adapter_name=name, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
+        if any(weight.is_meta for weight in hf_model.parameters()):
+            said = f"peft can't put the adapter {path} on {label}, whose weights are offloaded ({reason(error)})"
+            raise ValueError(
+                f"{said}; merge it where they fit (merge_and_unload), save that, and load its folder"
+            ) from error
         said = f"the adapter {path} doesn't fit {label} ({reason(error)})"
         raise ValueError(f"{said}; load it with the base it was trained on") from error
     check_reloads(hf_model.peft_config[name], f"the adapter {path}")  # of a hub id, too
@@ -196,8 +201,16 @@ def adapter_distance(peft_model: Any, name: str) -> float:
     total = 0.0
     for module in peft_model.modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
-            total += module.get_delta_weight(name).double().square().sum().item()
+            total += adapter_change(module, name).double().square().sum().item()
     return total**0.5 if total else float("nan")
+
+
+def adapter_change(layer: Any, name: str) -> torch.Tensor:
+    """What a LoRA adapter adds to its layer's weight, wherever accelerate keeps its parts."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer.lora_A[name]), align_module_device(layer.lora_B[name]):
+        return layer.get_delta_weight(name)
 
 
 def describe_config(config: Any) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ivlens.common.keys import weights_fingerprint
-from ivlens.models.adapters import adapter_distance, add_adapter, check_files, is_adapter, stands_alone
+from ivlens.common.keys import all_weights, weights_fingerprint
+from ivlens.models.adapters import adapter_change, adapter_distance, add_adapter, check_files, is_adapter, stands_alone
 from ivlens.models.backends import backend_of
 from ivlens.models.loading import load_hf, load_model
 
@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def open_checkpoints(
-    base: Any, checkpoints: Sequence[Any], *, dtype: torch.dtype | None = None
+    base: Any, checkpoints: Sequence[Any], *, dtype: torch.dtype | None = None, device_map: Any = None
 ) -> tuple[list[Checkpoint], dict[str, str]]:
     """The base first, then every checkpoint; and the ones that can't be opened, with the reason.
 
@@ -51,6 +51,8 @@ def open_checkpoints(
         Adapter folders, folders of `fine_tune` (all their checkpoints), model names or folders, or hooked models.
     dtype
         Of the base under adapters; default as for `load_model`.
+    device_map
+        Of models that are loaded by name; see `load_model`.
 
     Raises
     ------
@@ -75,16 +77,18 @@ def open_checkpoints(
         raise ValueError("adapters can't be put on a model that is hooked already; pass the base's name or folder")
     switched = {label: entry for label, entry in adapters.items() if not stands_alone(entry)}
     if switched:
-        start, opened = _with_adapters(base, switched, dtype)
+        start, opened = _with_adapters(base, switched, dtype, device_map)
     else:
-        model = load_model(base, dtype=dtype) if isinstance(base, (str, Path)) else base
+        named = isinstance(base, (str, Path))
+        model = load_model(base, dtype=dtype, device_map=device_map) if named else base
         start, opened = Checkpoint("base", 0, lambda: nullcontext(model), lambda _: 0.0), {}
     for label, entry in whole.items():
         if label in switched:
             continue
         load = partial(load_model, entry)  # a hooked model comes back as it is
         if isinstance(entry, (str, Path)):
-            how: dict[str, Any] = {"dtype": dtype, "backend": "bridge" if switched else "auto"}  # as the base
+            how: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
+            how["backend"] = "bridge" if switched else "auto"  # as the base
             load = partial(_merged, base, entry, **how) if label in adapters else partial(load_model, entry, **how)
         opened[label] = _with_own_weights(label, load, _step(entry), start)
     return [start, *(opened[label] for label in whole)], broken
@@ -112,7 +116,7 @@ def check_same_shape(base: Any, other: Any, label: str) -> None:
 @torch.no_grad()
 def _weights(model: Any) -> Iterator[torch.Tensor]:
     """Every weight as it acts: with the adapters in use on it, and once where the bridge keeps the projection that it cut up."""
-    named = dict(model.named_parameters())
+    named = dict(all_weights(model))
     whole = {".qkv.": ".q.", "._original_component.gate_up_proj.": ".gate."}  # and a part of it
     for name, weight in named.items():
         cut = (f"{name.split(w)[0]}{part}_original_component.weight" for w, part in whole.items() if w in name)
@@ -121,7 +125,7 @@ def _weights(model: Any) -> Iterator[torch.Tensor]:
         if name.endswith(".base_layer.weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
             if not layer.disable_adapters:
-                weight = sum((layer.get_delta_weight(adapter) for adapter in layer.active_adapters), weight)
+                weight = sum((adapter_change(layer, adapter) for adapter in layer.active_adapters), weight)
         yield weight.detach()
 
 
@@ -155,17 +159,16 @@ def _step(entry: Any) -> int | None:
 
 
 def _with_adapters(
-    base: Any, adapters: Mapping[str, str | Path], dtype: torch.dtype | None
+    base: Any, adapters: Mapping[str, str | Path], dtype: torch.dtype | None, device_map: Any
 ) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """All adapters on one base model, loaded before it is hooked: afterwards peft no longer finds its modules."""
-    if dtype is None and not torch.cuda.is_available():
-        dtype = torch.float32
-    hf_model, tokenizer, name = load_hf(base, dtype=dtype)
+    hf_model, tokenizer, name = load_hf(base, dtype=_dtype(dtype, device_map), device_map=device_map)
     fingerprint = weights_fingerprint(hf_model)
     slots = {label: f"checkpoint_{i}" for i, label in enumerate(adapters)}
     for label, path in adapters.items():
         hf_model = add_adapter(hf_model, path, label=name, fingerprint=fingerprint, name=slots[label])
-    peft_model, model = hf_model, load_model(hf_model, backend="bridge", tokenizer=tokenizer, dtype=dtype)
+    moved = _dtype(dtype, None) if device_map is None else None
+    peft_model, model = hf_model, load_model(hf_model, backend="bridge", tokenizer=tokenizer, dtype=moved)
     model.cfg.model_name = name
 
     @contextmanager
@@ -185,13 +188,23 @@ def _with_adapters(
     return start, {label: checkpoint(label, slot) for label, slot in slots.items()}
 
 
-def _merged(base: str | Path, path: str | Path, dtype: torch.dtype | None, backend: str) -> Any:
+def _dtype(given: torch.dtype | None, device_map: Any) -> torch.dtype | None:
+    """In which a model is read from its files; None for that of the files."""
+    on_cpu = device_map is None and not torch.cuda.is_available()
+    return torch.float32 if given is None and on_cpu else given
+
+
+def _merged(base: str | Path, path: str | Path, dtype: torch.dtype | None, backend: str, device_map: Any = None) -> Any:
     """The base with one adapter merged into it."""
-    if dtype is None and not torch.cuda.is_available():
-        dtype = torch.float32
-    hf_model, tokenizer, name = load_hf(base, dtype=dtype)
+    if device_map is not None:
+        said = f"the adapter {path} is merged into its base, which must be in memory whole"
+        raise ValueError(
+            f"{said}; merge it yourself (merge_and_unload), save that, and give its folder with device_map"
+        )
+    hf_model, tokenizer, name = load_hf(base, dtype=_dtype(dtype, None))
     hf_model = add_adapter(hf_model, path, label=name, fingerprint=weights_fingerprint(hf_model))
-    return load_model(hf_model.merge_and_unload(), tokenizer=tokenizer, dtype=dtype, backend=backend)
+    whole = hf_model.merge_and_unload()
+    return load_model(whole, tokenizer=tokenizer, dtype=_dtype(dtype, None), backend=backend)
 
 
 def _with_own_weights(label: str, load: Callable[[], Any], step: int | None, start: Checkpoint) -> Checkpoint:

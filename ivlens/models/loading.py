@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ivlens.common.keys import weights_fingerprint
+from ivlens.common.processes import here
 from ivlens.models.adapters import add_adapter, check_kind, fused_adapters, merged, switched_off
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import Reference
@@ -73,6 +74,9 @@ def load_model(
             raise ValueError(f"{', '.join(given)} can't be given for a model that is hooked already; load it anew")
         backend_of(name).check_hooks()
         return name
+    if isinstance(device_map, str) and (count := here()[1]) > 1:
+        said = f"device_map={device_map!r} takes all devices, and each of {count} processes would"
+        raise ValueError(f"{said}; start one process, or name the devices of this one, such as device_map={{'': 0}}")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     default = torch.float32 if torch.device(where).type == "cpu" and device_map is None else None
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}

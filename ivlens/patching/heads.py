@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.keys import key
+from ivlens.common.processes import hidden, on_main
 from ivlens.common.storage import read_tensors, write_tensors
+from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.precision import in_float32
-from ivlens.running.reading import Reading, read_prompts
+from ivlens.running.reading import read_batches
 from ivlens.running.replay import Sweep
 from ivlens.running.scores import check_finite
 from ivlens.running.sites import Sites
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
 
-__all__ = ["head_effects", "head_outputs", "mean_head_outputs", "read_heads"]
+__all__ = ["HeadMeans", "head_effects", "head_means", "mean_head_outputs", "read_heads"]
+
+
+@dataclass(frozen=True)
+class HeadMeans:
+    """Over prompts, at their last token: the heads' mean outputs, the mean scale of the norm after each layer's attention (see
+    `Backend.norm_scales`), the mean residual stream after each layer where it was asked for, and `which` prompts counted."""
+
+    z: Float[Tensor, "layer head d_head"]
+    norm_scales: Float[Tensor, " layer"]
+    resid: Float[Tensor, "layer d_model"] | None
+    which: list[int]
 
 
 def mean_head_outputs(
@@ -31,23 +44,10 @@ def mean_head_outputs(
     prompts: Sequence[Prompt | str | Tensor],
     *,
     only_correct: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "layer head d_head"]:
-    """Mean output of every head (`hook_z`) at the last prompt token: z̄ of the paper (IV §3; FV §2.2); see `head_outputs`."""
-    read = head_outputs(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress)
-    return read.double().mean(0).float()
-
-
-def head_outputs(
-    model: Any,
-    prompts: Sequence[Prompt | str | Tensor],
-    *,
-    only_correct: bool = False,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> Float[Tensor, "prompt layer head d_head"]:
-    """Output of every head at every prompt's last token.
+    """Mean output of every head (`hook_z`) at the last prompt token: z̄ of the paper (IV §3; FV §2.2).
 
     Parameters
     ----------
@@ -62,17 +62,16 @@ def head_outputs(
     return read_heads(model, prompts, only_correct=only_correct, batch_size=batch_size, progress=progress).z
 
 
-@torch.inference_mode()
 def read_heads(
     model: Any,
     prompts: Sequence[Prompt | str | Tensor],
     *,
     resid: bool = False,
     only_correct: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = False,
-) -> Reading:
-    """`head_outputs`, and with `resid` the residual streams of the same prompts; `which` of those given they are."""
+) -> HeadMeans:
+    """`mean_head_outputs`, and with `resid` the mean residual streams of the same prompts."""
     backend = backend_of(model)
     backend.check_hooks()
     rows = tokenize(backend, prompts)
@@ -80,15 +79,40 @@ def read_heads(
         raise ValueError("only_correct=True needs prompts with a right answer, and some have none; leave it out")
     # Scored by the first token of the answer, which needs no answer tokens in the input.
     rows = [TokenizedPrompt(r.prompt, r.answer[:1] if only_correct else ()) for r in rows]
-    with tqdm(total=len(rows), desc="mean head outputs", disable=not progress) as bar, in_float32(backend.model):
-        read = read_prompts(backend, rows, z=True, resid=resid, batch_size=batch_size, bar=bar)
-    if only_correct:
-        right = read.scores["accuracy"] == 1
-        read = Reading(read.z[right], read.resid[right] if resid else None, which=right.nonzero()[:, 0].tolist())
-    if not len(read.z):
+    with tqdm(total=len(rows), desc="mean head outputs", disable=hidden(progress)) as bar, in_float32(backend.model):
+        return head_means(backend, rows, resid=resid, only_correct=only_correct, batch_size=batch_size, bar=bar)
+
+
+def head_means(
+    backend: Backend,
+    rows: Sequence[TokenizedPrompt],
+    *,
+    resid: bool = False,
+    only_correct: bool = False,
+    batch_size: int | None = None,
+    bar: tqdm | None = None,
+) -> HeadMeans:
+    """`read_heads` of tokenized prompts: running sums, so that a hundred thousand take no more memory than a few."""
+
+    def summed(read: dict[str, Tensor]) -> tuple[list[int], list[Tensor]]:
+        right = read["accuracy"] == 1 if only_correct else torch.ones(len(read["z"]), dtype=torch.bool)
+        z = read["z"][right]
+        scales = torch.stack([backend.norm_scales(layer, z[:, layer]) for layer in range(backend.n_layers)], dim=1)
+        sums = [x.double().sum(0) for x in (z, scales, *([read["resid"][right]] if resid else []))]
+        return right.nonzero()[:, 0].tolist(), sums
+
+    which: list[int] = []
+    total: list[Tensor] = []
+    for index, (counted, sums) in read_batches(
+        backend, rows, summed, z=True, resid=resid, batch_size=batch_size, bar=bar
+    ):
+        which += [index[i] for i in counted]
+        total = [a + b for a, b in zip(total, sums)] or sums
+    if not which:
         raise ValueError("the model answers none of the prompts correctly; use more shots or only_correct=False")
-    check_finite(read.z, next(backend.model.parameters()).dtype)
-    return read
+    check_finite(total[0], next(backend.model.parameters()).dtype)
+    means = [(x / len(which)).float() for x in total]
+    return HeadMeans(means[0], means[1], means[2] if resid else None, sorted(which))
 
 
 def head_effects(
@@ -123,7 +147,8 @@ def head_effects(
     method
         `auto` takes exact suffix replay if it passes its self-check, else one forward pass per head (with a warning).
     max_rows
-        Bound on the packed sequence, halved when memory runs out (default 1,536 rows on a CPU, 16,384 on a GPU).
+        Bound on the packed sequence (default 1,536 rows on a CPU, 16,384 on a GPU); fewer where less memory is free, and halved when
+        it runs out.
     folder
         Where to keep what is done, so that an interrupted sweep goes on there.
     """
@@ -167,7 +192,7 @@ def sweep_heads(
         for i, site in enumerate(sites):
             x[:, i, heads[site][1]] = replacement[layer, heads[site][1], : x.shape[-1]].to(x)
 
-    sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write)
+    sites = Sites([[layer] for layer, _ in heads], backend.z_hook, write, replacement)
     return Sweep(backend, tokenized, sites, metric=metric, distractors=wrong, **options)
 
 
@@ -178,11 +203,12 @@ def collect_effects(
     values = torch.full((len(sweep.prompts), len(sweep.sites.layers)), torch.nan)
     baseline = torch.full((len(sweep.prompts),), torch.nan)
     path = None if folder is None else Path(folder) / f"sweep-{_key(sweep, about)}.safetensors"
-    if path is not None and path.exists():
-        kept, _ = read_tensors(path)
-        values, baseline = kept["values"].clone(), kept["baseline"].clone()
+    if path is not None:
+        done = on_main(lambda: read_tensors(path)[0] if path.exists() else None, f"what is kept at {path}")
+        values, baseline = (values, baseline) if done is None else (done["values"].clone(), done["baseline"].clone())
     todo = torch.nonzero(baseline.isnan())[:, 0].tolist()
-    with tqdm(total=len(values), initial=len(values) - len(todo), desc="patching heads", disable=not progress) as bar:
+    options = {"total": len(values), "initial": len(values) - len(todo), "desc": "patching heads"}
+    with tqdm(**options, disable=hidden(progress)) as bar:
         for swept in sweep.run(todo):
             values[swept.index], baseline[swept.index] = swept.values, swept.baseline
             bar.update(len(swept.index))

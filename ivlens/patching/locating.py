@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.common.keys import key
+from ivlens.common.processes import hidden
+from ivlens.common.storage import kept, read_tensors, write_tensors
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.patching.effects import HeadEffects
@@ -119,7 +124,7 @@ def locate_heads(
     about = None if folder is None else key(backend.model, method)
     look = {"shots": shots, "instruction": instruction, "style": style, "template": template, "split": "train"}
     values, baselines, queries, names, own, checked = [], [], [], [], {}, False
-    with tqdm(total=len(suite), desc="locating heads", disable=not progress) as bar:
+    with tqdm(total=len(suite), desc="locating heads", disable=hidden(progress)) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
             clean = build_prompts(task, n=n_prompts, seed=seed + 1, **look)
@@ -131,7 +136,7 @@ def locate_heads(
             broken = _changed(backend, clean, counterfactual, list(suite.values()), seed)
             wrong = _distractors(backend, broken, task) if metric == "logit_difference" else None
             stating = build_prompts(task, n=n_mean, seed=seed, repeat=True, **look)
-            mean = mean_head_outputs(model, stating, only_correct=only_correct)
+            mean = _mean(model, stating, only_correct, folder, about)
             options = {"metric": metric, "distractors": wrong, "method": method, "max_rows": max_rows}
             options["answer_tokens"] = answer_tokens if task.is_checked else None
             sweep = sweep_heads(model, broken, None, mean, **options)
@@ -152,6 +157,21 @@ def locate_heads(
     settings |= {"model": backend.name, "method": method, "n_mean": n_mean, "seed": seed}
     settings |= {"own_answers": own, "answer_tokens": answer_tokens} if own else {}
     return HeadEffects(torch.cat(values), torch.cat(baselines), tuple(names), metric, settings, tuple(queries))
+
+
+def _mean(
+    model: Any, prompts: Sequence[Prompt], only_correct: bool, folder: str | Path | None, about: str | None
+) -> Float[Tensor, "layer head d_head"]:
+    """Kept to the last digit, which other batches would change, and effects are kept by it."""
+    path = None if folder is None else Path(folder) / f"mean-{key(about, prompts, only_correct)}.safetensors"
+    make = partial(mean_head_outputs, model, prompts, only_correct=only_correct)
+    kind = "mean head outputs"
+    return kept(
+        path,
+        make,
+        lambda at: read_tensors(at, kind=kind)[0]["z"],
+        lambda at, z: write_tensors(at, {"z": z}, {"kind": kind}),
+    )
 
 
 def _changed(backend: Backend, clean: list[Prompt], kind: str, tasks: list[Task], seed: int) -> list[Prompt]:

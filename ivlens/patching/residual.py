@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.common.processes import hidden
 from ivlens.common.statistics import standard_error
 from ivlens.common.tables import table_html
 from ivlens.models.backend import Backend
@@ -106,7 +107,7 @@ def residual_effects(
             raise ValueError(f"position={min(positions)} is outside {there}")
     clean_tokens = [TokenizedPrompt(row.prompt) for row in clean_tokens]  # their answers aren't needed
     columns = []
-    for position in tqdm(positions, desc="patching residuals", disable=not progress):
+    for position in tqdm(positions, desc="patching residuals", disable=hidden(progress)):
         states = read_prompts(backend, clean_tokens, resid=True, position=position).resid
         edits = [Edit({layer: states[:, layer]}, replace=True) for layer in range(backend.n_layers)]
         options = {"metric": metric, "position": position, "method": method, "max_rows": max_rows}
@@ -147,7 +148,7 @@ def edit_effects(
             value = (value[prompts] if value.dim() == 2 else value).to(x)
             x[:, i] = value if edit.replace else x[:, i] + value
 
-    sites = Sites([sorted(edits[i].values) for i in order], backend.resid_hook, write)
+    sites = Sites([sorted(edits[i].values) for i in order], backend.resid_hook, write, edits)
     sweep = Sweep(backend, rows, sites, metric=metric, position=position, method=method, max_rows=max_rows)
     values, baseline = torch.empty(len(rows), len(edits)), torch.empty(len(rows))
     columns = torch.tensor(order)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ivlens.common.keys import key
-from ivlens.common.storage import read_json, write_json
+from ivlens.common.storage import kept, read_json, write_json
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.running.decoding import complete
@@ -40,7 +40,7 @@ def own_answers(
     tries: int = 4,
     temperature: float = 0.7,
     max_new_tokens: int = 40,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> OwnAnswers:
@@ -69,27 +69,27 @@ def own_answers(
         said = f"{len(unchecked)} of {len(prompts)} prompts of task {unchecked[0].task!r} have no check"
         raise ValueError(f"{said} that a model's own answers could pass; give every example one, or an output")
     checks = sorted({prompt.query.check for prompt in prompts})
-    sampling = (tries, temperature, max_new_tokens, batch_size, seed)  # other batches draw other samples
+    sampling = (tries, temperature, max_new_tokens, seed)
     about = key(backend.model, prompts, [check_source(x) for x in checks], *sampling)
     path = None if folder is None else Path(folder) / f"answers-{about}.json"
-    if path is not None and path.exists():
-        found = read_json(path, "own answers")
-        texts, tried = found["texts"], found["tried"]
-    else:
-        texts, tried = _sampled(backend, prompts, tries, temperature, max_new_tokens, batch_size, seed)
-        if path is not None:
-            write_json(path, "own answers", {"texts": texts, "tried": tried})
-    kept = [
+
+    def made() -> dict[str, Any]:
+        texts, tried = _sampled(backend, prompts, *sampling, batch_size)
+        return {"texts": texts, "tried": tried}
+
+    found = kept(path, made, lambda at: read_json(at, "own answers"), lambda at, x: write_json(at, "own answers", x))
+    texts, tried = found["texts"], found["tried"]
+    answered = [
         replace(p, query=replace(p.query, output=text.strip() if p.style == "qa" else text))
         for p, text in zip(prompts, texts, strict=True)
         if text is not None
     ]
-    if not kept:
+    if not answered:
         raise ValueError(
             f"none of {tried} answers to {len(prompts)} prompts of task {prompts[0].task!r} meets its check ({', '.join(checks)}): word "
             "the instruction otherwise, or raise tries= or max_new_tokens="
         )
-    return OwnAnswers(kept, len(prompts), tried)
+    return OwnAnswers(answered, len(prompts), tried)
 
 
 def with_own_answers(
@@ -147,8 +147,8 @@ def _sampled(
     tries: int,
     temperature: float,
     max_new_tokens: int,
-    batch_size: int,
     seed: int,
+    batch_size: int | None,
 ) -> tuple[list[str | None], int]:
     rows = tokenize(backend, [replace(p, query=replace(p.query, output="")) for p in prompts])
     stop = common_stop(prompts)

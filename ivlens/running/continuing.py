@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from ivlens.running.tokens import TokenizedPrompt, common_beginning, pad_left
 
 __all__ = ["Reader", "Run"]
 
+T = TypeVar("T")
+MOST = 64, 512  # prompts together on a CPU, and elsewhere, beyond which steps of one token each gain little
 LEAST_SHARED = 8  # tokens; below, reading a common beginning apart isn't worth a forward pass
 
 
@@ -25,20 +27,33 @@ class Reader:
     """Reads prompts up to their last token; what all of them begin with, such as the same demonstrations, only once."""
 
     def __init__(self, backend: Backend, rows: Sequence[TokenizedPrompt]):
-        self.backend, self.prompts = backend, [row.prompt for row in rows]
+        self.backend, self.rows = backend, rows
         # Under hooks of someone else's (such as `inject` around us) a prompt is run whole: they look for its last token.
         self.hooked = any(point.fwd_hooks for point in backend.model.hook_dict.values())
-        self.beginning = common_beginning([prompt[:-1] for prompt in self.prompts]) if len(rows) > 1 else ()
+        self.beginning = common_beginning([row.prompt[:-1] for row in rows]) if len(rows) > 1 else ()
         self.caches: dict[int | None, Any] = {}
 
-    def in_batches(self, batch_size: int, work: Callable[[list[int], Tensor, Tensor], None]) -> None:
-        """Give `work` the numbers of some prompts, their tokens, padded on the left, and their mask, until all are done."""
+    def in_batches(
+        self,
+        batch_size: int | None,
+        work: Callable[[list[int], Tensor, Tensor], T],
+        what: str,
+        *options: Any,
+        new: int = 0,
+    ) -> Iterator[tuple[list[int], T]]:
+        """The numbers of some prompts, and what `work` makes of them, of their tokens, padded on the left, and their mask; see
+        `batches.in_batches`."""
 
-        def padded(index: list[int]) -> None:
-            some = [self.prompts[i] for i in index]
-            work(index, *pad_left(some, some[0][0], self.backend.device))
+        def padded(index: list[int]) -> T:
+            some = [self.rows[i].prompt for i in index]
+            return work(index, *pad_left(some, some[0][0], self.backend.device))
 
-        in_batches(list(map(len, self.prompts)), batch_size, padded)
+        sizes: dict[str, Any] = {
+            "most": MOST,
+            "new": new,
+            "copies": 3,
+        }  # as read, as read under an injection, and in use
+        yield from in_batches(self.backend, self.rows, batch_size, padded, what, *options, **sizes)
 
     def read(self, tokens: Tensor, mask: Tensor, injection: Injection | None = None) -> Any:
         """Keys and values of all but the last prompt token (None for prompts of one token, and under others' hooks)."""

@@ -43,7 +43,7 @@ def complete(
     wanted: Sequence[Sequence[str]] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     bar: tqdm | None = None,
 ) -> dict[Hashable, Completions]:
     """Decode and score every prompt under every injection.
@@ -52,35 +52,39 @@ def complete(
     forked for each injection (unless it acts on all positions). What all prompts begin with is read once.
 
     Without `max_new_tokens` the prompts' answers are scored only. `wanted` are, per prompt, the only texts that matter: decoding ends
-    early where it can become none of them. With a temperature tokens are sampled, else decoding is greedy.
+    early where it can become none of them. With a temperature tokens are sampled, each prompt's by itself, else decoding is greedy.
     """
-    done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
     for injection in filter(None, injections.values()):
         injection.check_rows(len(rows))
     if wanted is not None:
         wanted = [[normalized(backend.tokenizer, text) for text in texts] for texts in wanted]
-    reader = Reader(backend, rows)
-    chosen_by = partial(_chosen, temperature=temperature, generator=torch.Generator(backend.device).manual_seed(seed))
+    reader, sampling = Reader(backend, rows), (temperature, seed)
+    done = {name: Completions([""] * len(rows), [0.0] * len(rows), [0.0] * len(rows)) for name in injections}
 
-    def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
-        plain = reader.read(tokens, mask)
-        for name, injection in injections.items():
+    def work(index: list[int], tokens: Tensor, mask: Tensor) -> list[tuple[list[str], Any]]:
+        plain, found = reader.read(tokens, mask), []
+        for injection in injections.values():
             if injection is not None and injection.per_row:
                 injection = injection.of_rows(index)
-            begin = reader.runs(tokens, mask, plain, injection)
+            begin, texts, scores = reader.runs(tokens, mask, plain, injection), [""] * len(index), None
             if rows[index[0]].answer:
-                for i, *scores in zip(index, *_score(begin(), [rows[i].answer for i in index])):
-                    done[name].first_token[i], done[name].log_probability[i] = scores
+                scores = _score(begin(), [rows[i].answer for i in index])
             if max_new_tokens:
                 only = None if wanted is None else [wanted[i] for i in index]
-                for texts, _ in _decode(begin(), max_new_tokens, stop, only, chosen_by):
-                    written = texts
-                for i, text in zip(index, written):
-                    done[name].texts[i] = text
-            if bar is not None:
-                bar.update(len(index))
+                for written, _ in _decode(begin(), max_new_tokens, stop, only, _chooser(index, *sampling)):
+                    texts = written
+            found.append((texts, scores))
+        return found
 
-    reader.in_batches(batch_size, work)
+    options = (list(injections.items()), max_new_tokens, stop, wanted, sampling)
+    for index, found in reader.in_batches(batch_size, work, "completing", *options, new=max_new_tokens or 0):
+        for each, (texts, scores) in zip(done.values(), found):
+            for j, i in enumerate(index):
+                each.texts[i] = texts[j]
+                if scores is not None:
+                    each.first_token[i], each.log_probability[i] = (x[j] for x in scores)
+        if bar is not None:
+            bar.update(len(index) * len(injections))
     return done
 
 
@@ -132,26 +136,28 @@ def choose(
     rows: Sequence[TokenizedPrompt],
     choices: Sequence[Sequence[tuple[int, ...]]],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> list[list[float]]:
     """Log-probability (nats) of each of a prompt's choices as its answer, the prompt read once for all of them."""
     found: list[list[float]] = [[] for _ in rows]
     reader = Reader(backend, rows)
 
-    def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
+    def work(index: list[int], tokens: Tensor, mask: Tensor) -> list[list[float]]:
         cache, columns = reader.read(tokens, mask), []
         for k in range(max(len(choices[i]) for i in index)):
             # Where a prompt has fewer choices, its last one runs along and isn't counted.
             answers = [choices[i][min(k, len(choices[i]) - 1)] for i in index]
             columns.append(_score(Run(backend, tokens, mask, cache, None), answers)[1])
-        for i, values in zip(index, zip(*columns)):
-            found[i] = list(values[: len(choices[i])])
+        return [list(values[: len(choices[i])]) for i, values in zip(index, zip(*columns))]
 
-    reader.in_batches(batch_size, work)
+    longest = max((len(answer) for some in choices for answer in some), default=0)
+    for index, values in reader.in_batches(batch_size, work, "choosing", hash(tuple(map(tuple, choices))), new=longest):
+        for i, each in zip(index, values):
+            found[i] = each
     return found
 
 
-def choice_hits(backend: Backend, prompts: Sequence[Prompt], *, batch_size: int = 64) -> list[float]:
+def choice_hits(backend: Backend, prompts: Sequence[Prompt], *, batch_size: int | None = None) -> list[float]:
     """1 where the likeliest of a prompt's choices, per character, is a right answer."""
     options = [[replace(p, query=replace(p.query, output=choice)) for choice in p.query.choices or ()] for p in prompts]
     flat = iter(tokenize(backend, [prompt for each in options for prompt in each]))
@@ -212,10 +218,21 @@ def _may_become(text: str, wanted: str) -> bool:
     return whole.startswith(begun.rstrip("\ufffd"))  # half a character
 
 
-def _chosen(logits: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+def _chosen(logits: Tensor, temperature: float = 0.0, generators: Sequence[torch.Generator] = ()) -> Tensor:
     """The next tokens, [batch 1]: the likeliest, or sampled."""
     best = logits.max(-1, keepdim=True)
     check_finite(best.values, logits.dtype)
     if not temperature:
         return best.indices
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+    drawn = torch.cat([torch.rand(1, 1, dtype=torch.double, generator=x) for x in generators])
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # which has no more
+    below = (logits.to(exact) / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(below, drawn.to(exact).to(below.device) * below[:, -1:], right=True).clamp(
+        max=logits.shape[-1] - 1
+    )
+
+
+def _chooser(index: Sequence[int], temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """Each row draws from numbers of its own, so that what it draws is the same in any batch."""
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in index] if temperature else []
+    return partial(_chosen, temperature=temperature, generators=generators)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,13 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ivlens.models.backend import Backend
-from ivlens.models.comparison import without_training
+from ivlens.models.comparison import evaluating, without_training
 from ivlens.running.batches import in_batches
 from ivlens.running.scores import measure
 from ivlens.running.tokens import TokenizedPrompt, fed_with_answers
 
-__all__ = ["Reading", "read_prompts", "unembedded"]
+__all__ = ["SCORES", "Reading", "in_order", "read_batches", "read_prompts", "unembedded"]
 
+T = TypeVar("T")
+MOST = 16, 128  # prompts together on a CPU, which more make no faster, and elsewhere
 SCORES = ("accuracy", "log_probability")
 
 
@@ -27,17 +29,13 @@ class Reading:
     """Heads' outputs and residual streams after each layer at one position, on the CPU; None where not asked for.
 
     `scores` are `accuracy` and `log_probability` of the whole answer, teacher-forced (see `scores.measure`); empty without answers.
-    `which` of the prompts given are here; None for all.
     """
 
     z: Float[Tensor, "prompt layer head d_head"] | None = None
     resid: Float[Tensor, "prompt layer d_model"] | None = None
     scores: dict[str, Float[Tensor, " prompt"]] = field(default_factory=dict)
-    which: list[int] | None = None
 
 
-@without_training
-@torch.inference_mode()
 def read_prompts(
     backend: Backend,
     rows: Sequence[TokenizedPrompt],
@@ -45,23 +43,51 @@ def read_prompts(
     z: bool = False,
     resid: bool = False,
     position: int = -1,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     bar: tqdm | None = None,
 ) -> Reading:
     """Run every prompt, with its answer where it has one, and keep what was asked for at `position` (-1 is its last token)."""
-    kept: dict[str, dict[int, Tensor]] = {}
-
-    def work(index: list[int]) -> None:
-        for name, values in _read_batch(backend, [rows[i] for i in index], z, resid, position).items():
-            kept.setdefault(name, {}).update(zip(index, values))
-        if bar is not None:
-            bar.update(len(index))
-
-    in_batches([len(row.prompt) for row in rows], batch_size, work)
-    found = {name: torch.stack([parts[i] for i in range(len(rows))]) for name, parts in kept.items()}
+    options = {"z": z, "resid": resid, "position": position, "batch_size": batch_size, "bar": bar}
+    found = in_order(read_batches(backend, rows, dict, **options), len(rows))
     return Reading(found.pop("z", None), found.pop("resid", None), found)
 
 
+def read_batches(
+    backend: Backend,
+    rows: Sequence[TokenizedPrompt],
+    of: Callable[[dict[str, Tensor]], T],
+    *,
+    z: bool = False,
+    resid: bool = False,
+    position: int = -1,
+    batch_size: int | None = None,
+    bar: tqdm | None = None,
+) -> Iterator[tuple[list[int], T]]:
+    """Batch by batch, which prompts they are and what `of` makes of what `read_prompts` keeps of them, by name: `z`, `resid` and
+    the scores. Nothing else is kept of them."""
+
+    def work(index: list[int]) -> T:
+        return of(_read_batch(backend, [rows[i] for i in index], z, resid, position))
+
+    with evaluating(backend.model, getattr(backend.model, "original_model", backend.model)):
+        for index, read in in_batches(backend, rows, batch_size, work, "reading", z, resid, position, most=MOST):
+            if bar is not None:
+                bar.update(len(index))
+            yield index, read
+
+
+def in_order(batches: Iterator[tuple[list[int], dict[str, Tensor]]], n: int) -> dict[str, Tensor]:
+    """What was read of n prompts, batch by batch, in the prompts' order."""
+    found: dict[str, Tensor] = {}
+    for index, read in batches:
+        for name, values in read.items():
+            if name not in found:
+                found[name] = values.new_empty(n, *values.shape[1:])
+            found[name][index] = values
+    return found
+
+
+@torch.inference_mode()
 def _read_batch(
     backend: Backend, batch: Sequence[TokenizedPrompt], z: bool, resid: bool, position: int
 ) -> dict[str, Tensor]:

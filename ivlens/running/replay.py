@@ -11,17 +11,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ivlens.common.processes import everyones
 from ivlens.models.backend import Backend, Prefix
 from ivlens.models.comparison import evaluating
 from ivlens.models.precision import in_float32
-from ivlens.running.batches import out_of_memory
+from ivlens.running.batches import described, in_parts, out_of_memory
 from ivlens.running.masks import copy_masks
+from ivlens.running.memory import free_memory, rows_at_once
 from ivlens.running.scores import WHOLE_ANSWER, check_metric, measure
 from ivlens.running.sites import Sites, SweepBatch, Swept
 from ivlens.running.tokens import TokenizedPrompt, common_beginning
@@ -44,7 +47,8 @@ class Sweep:
     checked
         Whether a sweep like this one has passed the self-check already.
     max_rows
-        Bound on the packed sequence: batch × copies × tokens per copy. Halved by itself when memory runs out.
+        Bound on the packed sequence: batch × copies × tokens per copy. It begins with less where the device has too little free for as
+        much (of which its attention mask takes a sixteenth at most), and is halved when memory runs out all the same.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Sweep:
         self.backend, self.prompts, self.sites, self.metric = backend, prompts, sites, metric
         self.method = "replay" if checked and method == "auto" else method
         self.distractors, self.checked = distractors, checked
+        self.shared: Prefix | None = None
         self.max_rows = max_rows or (1536 if backend.device.type == "cpu" else 16_384)
         # A first answer token needs no answer tokens in the input.
         self.scored = [p.answer if metric in WHOLE_ANSWER else p.answer[:1] for p in prompts]
@@ -87,37 +92,37 @@ class Sweep:
     def _batches(self, todo: Sequence[int] | None) -> Iterator[Swept]:
         todo = range(len(self.prompts)) if todo is None else todo
         # Neighbours in length share a batch, so that little is spent on padding.
-        remaining = sorted(todo, key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
-        shared = self._shared(remaining) if self.checked else None
-        while remaining:
-            batch = self._batch(remaining[: self._batch_size(remaining[0])])
-            try:
-                if self.method == "full":
-                    swept = self._full(batch)
-                elif not self.checked:
-                    swept, shared = self._checked_replay(batch, remaining)
-                else:
-                    swept = self._replay(batch, shared)
-            except RuntimeError as error:
-                self._make_room(error, batch.block)
-                continue
-            done = set(batch.index)
-            remaining = [i for i in remaining if i not in done]
+        order = sorted(todo, key=lambda i: (self.from_end[i], len(self.prompts[i].prompt), len(self.scored[i])))
+        if order:
+            longest = max(len(self.prompts[i].prompt) for i in order)
+            self.max_rows = min(self.max_rows, rows_at_once(self.backend, free_memory(self.backend), longest))
+            if not self.checked and self.method != "full" and (swept := self._check(order)) is not None:
+                yield swept
+                order = order[len(swept.index) :]
+            self.shared = self._shared(order)
+
+        def work(index: list[int]) -> Swept:
+            return (self._full if self.method == "full" else self._replay)(self._batch(index))
+
+        for _, swept in in_parts(order, self._batch_size, work, self._make_room, self._described("patching", order)):
             yield swept
 
-    def _make_room(self, error: RuntimeError, block: int) -> None:
+    def _described(self, what: str, order: Sequence[int]) -> str:
+        options = (self.scored, self.metric, self.from_end, self.distractors, self.sites.layers, self.sites.about)
+        return described(what, self.backend, [self.prompts[i] for i in order], order, *options)
+
+    def _make_room(self, error: RuntimeError, index: list[int]) -> None:
         """Halve the rows after running out of memory; raise any other error, and where no less is possible."""
-        if not out_of_memory(error) or self.max_rows <= 2 * block:
+        if self.max_rows <= 2 * self._block(index[0]):
             raise error
         self.max_rows //= 2
-        warnings.warn(f"out of memory; going on with max_rows={self.max_rows}", stacklevel=4)
+        warnings.warn(f"out of memory; going on with max_rows={self.max_rows}", stacklevel=6)
 
     # -- the two ways -----------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def _replay(self, batch: SweepBatch, shared: Prefix | None = None) -> Swept:
+    def _replay(self, batch: SweepBatch) -> Swept:
         backend, n_sites = self.backend, len(self.sites.layers)
-        if not batch.mask.all():  # padding would come before the shared beginning
-            shared = None
+        shared = self.shared if batch.mask.all() else None  # padding would come before the shared beginning
         tokens = batch.tokens if shared is None else batch.tokens[:, shared.n_prefix :]
         prefix = backend.read_prefix(tokens, batch.mask, block=batch.block, keep=batch.keep, shared=shared)
         baseline = self._score(prefix.logits[:, None], batch)[:, 0]
@@ -194,41 +199,60 @@ class Sweep:
         """The patch that is compared: low enough to pass through most layers, with many copies before it."""
         return len(self.sites.layers) // 3
 
-    def _checked_replay(self, batch: SweepBatch, remaining: Sequence[int]) -> tuple[Swept, Prefix | None]:
-        """The first batch, one of its patches compared with a full forward pass; decides how the sweep goes on."""
-        try:
-            shared = self._shared(remaining)
-            swept = self._replay(batch, shared)
-            alone = self._batch(batch.index[:1])
-            with torch.inference_mode():
-                plain = self._forward(alone, self._probe)[0]
-            difference, reason = _probability_difference(self._probed[: alone.keep], plain), None
-            if not difference <= self._tolerance:
-                reason = f"a replayed patch differs by {difference:.1e} in probability"
-        except ReplayError as error:
-            reason = str(error)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-            if out_of_memory(error) or "didn't fire" in str(error):
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    def _check(self, order: Sequence[int]) -> Swept | None:
+        """Two prompts, one patch of which is compared with a full forward pass: decides how the sweep goes on, in every process alike."""
+        found = list(everyones((self._compared(order) for _ in range(1)), self._described("checking", order)))
+        reason = next((reason for _, reason in found if reason is not None), None)
         if reason is not None and self.method == "replay":
             raise ReplayError(f"exact replay can't serve this model ({reason}); pass method='full' or 'auto'")
         self.checked, self.method = True, "replay" if reason is None else "full"
         if reason is None:
-            return swept, shared
+            return found[0][0]
         said = f"exact replay can't serve this model ({reason})"
         warnings.warn(f"{said}; one forward pass per patch instead", stacklevel=4)
-        return self._full(batch), None
+        return None
+
+    def _compared(self, order: Sequence[int]) -> tuple[Swept | None, str | None]:
+        """The first prompts replayed, and in what that differs from a full forward pass, if it does."""
+        index = list(order[: min(2, self._batch_size(order, 0))])
+        try:
+            self.shared = self._shared(order)
+            swept, alone = self._replay(self._batch(index)), self._batch(index[:1])
+            with torch.inference_mode():
+                plain = self._forward(alone, self._probe)[0]
+        except ReplayError as error:
+            return None, str(error)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            if "didn't fire" in str(error):
+                raise
+            if not out_of_memory(error):
+                return None, f"{type(error).__name__}: {error}".splitlines()[0]
+            self._make_room(error, index)
+        else:
+            difference = _probability_difference(self._probed[: alone.keep], plain)
+            close = difference <= self._tolerance
+            return swept, None if close else f"a replayed patch differs by {difference:.1e} in probability"
+        return self._compared(order)
 
     # -- batches ----------------------------------------------------------------------------------------------------
-    def _batch_size(self, first: int) -> int:
-        block = self.from_end[first] + len(self.scored[first]) - 1
+    def _block(self, i: int) -> int:
+        """Tokens of a copy of this prompt's end."""
+        return self.from_end[i] + len(self.scored[i]) - 1
+
+    def _batch_size(self, order: Sequence[int], start: int) -> int:
+        """How many prompts from there on make a batch; they are patched as many tokens from the end."""
+        first = order[start]
+        block = self._block(first)
         if self.method == "full":
-            return max(self.max_rows // (len(self.prompts[first].prompt) + block), 1)
-        return max(self.max_rows // ((1 + len(self.sites.layers)) * block), 1)
+            most = self.max_rows // (len(self.prompts[first].prompt) + block)
+        else:
+            most = self.max_rows // ((1 + len(self.sites.layers)) * block)
+        alike = takewhile(
+            lambda i: self.from_end[i] == self.from_end[first], islice(order, start, start + max(most, 1))
+        )
+        return sum(1 for _ in alike)
 
     def _batch(self, index: list[int]) -> SweepBatch:
-        index = [i for i in index if self.from_end[i] == self.from_end[index[0]]]
         rows = [(self.prompts[i].prompt, self.scored[i]) for i in index]
         wrong = None if self.distractors is None else [self.distractors[i] for i in index]
         return SweepBatch.of(index, rows, wrong, self.from_end[index[0]], self.backend.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,12 +20,13 @@ class Sites:
     """The patches of a sweep, one copy each: their layers, ascending (patches are sorted by their first), and hooks by layer.
 
     `write(layer, sites, rows, x)` patches in place: x [batch, len(sites), ...] are the activations of these sites' copies at the patched
-    position; `sites` index into `layers`, `rows` into the prompts.
+    position; `sites` index into `layers`, `rows` into the prompts. `about` is what tells these patches from others.
     """
 
     layers: Sequence[Sequence[int]]
     hook: Callable[[int], str]
     write: Callable[[int, list[int], list[int], Tensor], None]
+    about: Any = None
 
 
 @dataclass

@@ -36,7 +36,7 @@ class Unsteered:
         The questions without instruction.
     """
 
-    def __init__(self, backend: Backend, bare: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 64):
+    def __init__(self, backend: Backend, bare: Sequence[Prompt], *, max_new_tokens: int, batch_size: int | None = None):
         self.backend, self.bare, self.batch_size = backend, list(bare), batch_size
         self.answers = written(backend, bare, {0: None}, max_new_tokens=max_new_tokens, batch_size=batch_size)[0]
 
@@ -95,7 +95,7 @@ def written(
     injections: Mapping[Hashable, Injection | None],
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     bar: tqdm | None = None,
 ) -> dict[Hashable, list[str]]:
     """Free answers under every injection."""

@@ -11,6 +11,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ivlens.common.hints import typed
+from ivlens.common.processes import hidden
 from ivlens.common.statistics import bootstrap_difference, bootstrap_mean, wilson
 from ivlens.common.storage import read_json, write_json
 from ivlens.common.tables import table_html
@@ -189,7 +190,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     max_new_tokens: int = 40,
     reference: Any = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -228,7 +229,7 @@ def evaluate(
     reference
         Of free answers: the model whose answers are the content, and which is surprised; None for the model itself.
     batch_size
-        Prompts per forward pass; halved where memory runs out.
+        Prompts per forward pass; None for as many as there is room for. Halved where memory runs out.
     seed
         Of all that is drawn at random; global random states are left alone.
     progress
@@ -263,7 +264,7 @@ def evaluate(
     options: dict[str, Any] = {"layer": layer, "scale": scale, "positions": positions, "mode": mode, "how": how}
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(suite), desc="evaluating", disable=not progress) as bar:
+    with tqdm(total=len(suite), desc="evaluating", disable=hidden(progress)) as bar:
         for task in suite.values():
             bar.set_postfix_str(task.name)
             conditions: dict[Condition, Injection | None] = {(BASELINE, 0): None}

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.common.tables import about_html
+from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
-from ivlens.running.reading import read_prompts
+from ivlens.running.reading import in_order, read_batches
 from ivlens.running.tokens import TokenizedPrompt, tokenize
 from ivlens.tasks.prompts import Prompt
 
@@ -58,7 +59,7 @@ class Gate:
 
     def on(self, model: Any, prompts: Sequence[Prompt | str]) -> list[bool]:
         """For which of `prompts` it opens on `model`."""
-        return self.opens(_residuals(model, prompts)[:, self.layer]).tolist()
+        return (_scores(backend_of(model), prompts, [self])[:, 0] > self.threshold).tolist()
 
     def save(self, path: str | Path) -> Path:
         """Save to `path`, one `.safetensors` file."""
@@ -114,19 +115,14 @@ def fit_gate(
                 f"{name} holds no prompts; a gate needs prompts of both kinds: those it opens for, and others"
             )
     layers = range(backend.n_layers) if layers is None else [backend.check_layer(x) for x in layers]
-    yes, no, valid_yes, valid_no = (_residuals(model, x) for x in (wanted, unwanted, *valid))
-    found = []
-    for layer in layers:
-        direction = yes[:, layer].mean(0) - no[:, layer].mean(0)
-        if not direction.norm() > 0:
-            continue
-        gate = Gate(direction, (yes[:, layer].mean(0) + no[:, layer].mean(0)) / 2, layer, 0.0)
-        f1, threshold = _threshold(gate.scores(valid_yes[:, layer]), gate.scores(valid_no[:, layer]))
-        found.append((f1, -layer, gate, threshold))
+    yes, no = (_mean(backend, x) for x in (wanted, unwanted))
+    gates = [Gate(yes[x] - no[x], (yes[x] + no[x]) / 2, x, 0.0) for x in layers if (yes[x] - no[x]).norm() > 0]
+    scores = [_scores(backend, x, gates).unbind(1) for x in valid] if gates else [(), ()]
+    found = [(*_threshold(a, b), gate) for gate, a, b in zip(gates, *scores)]
     if not found:
         raise ValueError("prompts that want the vector and those that don't look the same to the model; give others")
-    f1, _, best, threshold = max(found, key=lambda x: x[:2])
-    about = {"f1": f1, "n": len(valid_yes) + len(valid_no), "model": backend.name}
+    f1, threshold, best = max(found, key=lambda x: (x[0], -x[2].layer))
+    about = {"f1": f1, "n": len(valid[0]) + len(valid[1]), "model": backend.name}
     return Gate(best.direction, best.center, best.layer, threshold, about)
 
 
@@ -134,13 +130,27 @@ def _threshold(yes: Tensor, no: Tensor) -> tuple[float, float]:
     """The best F1, and the threshold for it: in the middle of the gap between two scores."""
     scores = torch.cat([yes, no]).sort().values
     cuts = torch.cat([scores[:1] - 1e-3, (scores[1:] + scores[:-1]) / 2])
-    hits, false = (yes > cuts[:, None]).sum(1), (no > cuts[:, None]).sum(1)
+    hits, false = (len(x) - torch.searchsorted(x.sort().values, cuts, right=True) for x in (yes, no))
     f1 = 2 * hits / (len(yes) + hits + false)
     best = torch.nonzero(f1 == f1.max())[:, 0]
     chosen = best[len(best) // 2]
     return f1[chosen].item(), cuts[chosen].item()
 
 
-def _residuals(model: Any, prompts: Sequence[Prompt | str]) -> Float[Tensor, "prompt layer d_model"]:
-    backend = backend_of(model)
-    return read_prompts(backend, [TokenizedPrompt(x.prompt) for x in tokenize(backend, prompts)], resid=True).resid
+def _mean(backend: Backend, prompts: Sequence[Prompt | str]) -> Float[Tensor, "layer d_model"]:
+    """Mean residual stream after each layer, at the prompts' last tokens."""
+    batches = read_batches(backend, _bare(backend, prompts), lambda read: read["resid"].double().sum(0), resid=True)
+    return (sum(total for _, total in batches) / len(prompts)).float()
+
+
+def _scores(backend: Backend, prompts: Sequence[Prompt | str], gates: Sequence[Gate]) -> Float[Tensor, "prompt gate"]:
+    """What every gate says of every prompt."""
+
+    def scored(read: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"": torch.stack([gate.scores(read["resid"][:, gate.layer]) for gate in gates], dim=1)}
+
+    return in_order(read_batches(backend, _bare(backend, prompts), scored, resid=True), len(prompts))[""]
+
+
+def _bare(backend: Backend, prompts: Sequence[Prompt | str]) -> list[TokenizedPrompt]:
+    return [TokenizedPrompt(x.prompt) for x in tokenize(backend, prompts)]

@@ -69,7 +69,7 @@ def generate(
     when: Gate | None = None,
     max_new_tokens: int | None = None,
     stop: str | None = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> Generations:
     """Greedy continuations without the vector, with it, and with it subtracted.
 
@@ -87,7 +87,7 @@ def generate(
         Text that ends a continuation (after something has been said); None for none but the end-of-text token. Default: a line's
         end, or none where an answer may have several lines.
     batch_size
-        Prompts per forward pass; halved where memory runs out.
+        Prompts per forward pass; None for as many as there is room for. Halved where memory runs out.
 
     Notes
     -----

@@ -25,7 +25,7 @@ def score_right(
     prompts: Sequence[Prompt],
     conditions: Mapping[Condition, Injection | None],
     metrics: Sequence[str],
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[dict[str, Any]]:
     """The metrics of every prompt under each condition, all in one pass of decoding."""
     tokenized = tokenize(backend, prompts)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.common.processes import hidden
 from ivlens.models.backend import Backend
 from ivlens.models.backends import backend_of
 from ivlens.models.comparison import without_training
@@ -54,7 +55,7 @@ def tune_injection(
     positions: str | None = None,
     how: str | None = None,
     max_new_tokens: int = 40,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> InjectionSearch:
@@ -93,7 +94,8 @@ def tune_injection(
     how, max_new_tokens
         Of free answers: as in `inject`, kept with the best vector; and how long answers may be, in tokens.
     batch_size
-        Prompts per forward pass; halved where memory runs out. Of free answers, and at other positions than `last`.
+        Prompts per forward pass; None for as many as there is room for. Halved where memory runs out. Of free answers, and at other
+        positions than `last`.
     seed
         Of all that is drawn at random; global random states are left alone.
     progress
@@ -127,7 +129,7 @@ def tune_injection(
     both = [(one, random_vector(one, seed=seed)) for one in candidates]
     tries = [{layer: scale * v.vector} for (layer, pair), scale in product(zip(layers, both), scales) for v in pair]
     rows, options = tokenize(backend, prompts), {"metric": "accuracy", "method": method, "max_rows": max_rows}
-    with tqdm(total=len(prompts), desc=BAR, disable=not progress) as bar:
+    with tqdm(total=len(prompts), desc=BAR, disable=hidden(progress)) as bar:
         if at == "last":
             values, baseline = edit_effects(backend, rows, [Edit(x) for x in tries], bar=bar, **options)
         else:
@@ -164,20 +166,26 @@ def _acting_at(
 @without_training
 @torch.inference_mode()
 def _accuracies(
-    backend: Backend, rows: Sequence[TokenizedPrompt], injections: Sequence[Injection], batch_size: int, bar: tqdm
+    backend: Backend,
+    rows: Sequence[TokenizedPrompt],
+    injections: Sequence[Injection],
+    batch_size: int | None,
+    bar: tqdm,
 ) -> tuple[Float[Tensor, "prompt injection"], Float[Tensor, " prompt"]]:
     """1 where the whole answer is ranked first, teacher-forced, under every injection, and under none."""
     reader, values = Reader(backend, rows), torch.empty(len(rows), len(injections) + 1)
 
-    def work(index: list[int], tokens: Tensor, mask: Tensor) -> None:
-        plain = reader.read(tokens, mask)
+    def work(index: list[int], tokens: Tensor, mask: Tensor) -> Tensor:
+        plain, columns = reader.read(tokens, mask), []
         answers, counted = fill_right([rows[i].answer for i in index], backend.device)
-        for column, injection in enumerate((*injections, None)):
+        for injection in (*injections, None):
             logits = reader.runs(tokens, mask, plain, injection)().along(answers)
-            values[index, column] = measure("accuracy", logits[:, None], answers, counted)[:, 0].cpu()
-        bar.update(len(index))
+            columns.append(measure("accuracy", logits[:, None], answers, counted)[:, 0].cpu())
+        return torch.stack(columns, dim=1)
 
-    reader.in_batches(batch_size, work)
+    for index, found in reader.in_batches(batch_size, work, "trying", injections):
+        values[index] = found
+        bar.update(len(index))
     return values[:, :-1], values[:, -1]
 
 
@@ -218,7 +226,7 @@ def _tune_free(
 
     def balanced(tries: Sequence[tuple[InstructionVector, int, float]]) -> list[float]:
         each = [Injection.of(backend, v, layer=layer, scale=scale) for v, layer, scale in tries]
-        with tqdm(total=len(each) * len(bare), desc=BAR, leave=False, disable=not progress) as bar:
+        with tqdm(total=len(each) * len(bare), desc=BAR, leave=False, disable=hidden(progress)) as bar:
             texts = _all_at_once(backend, bare, each, lengths, bar)
         # Where nothing keeps to the constraint, the balance is 0 whatever else is scored.
         some = [i for i, x in enumerate(texts) if any(passes(p.query.check, text) for p, text in zip(bare, x))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,10 +26,12 @@ from ivlens.models.adapters import (
 from ivlens.models.checkpoints import FINAL, SAVED
 from ivlens.models.hooking import check_in_memory, tokenizing_backend
 from ivlens.models.loading import as_dtype, load_hf
+from ivlens.models.precision import use_plain_attention
 from ivlens.tasks.suite import as_suite
 from ivlens.tasks.task import Task
 from ivlens.training.data import rows_needed, training_rows
 from ivlens.training.run import TrainingRun, keep_outcome, settled, usable_checkpoint
+from ivlens.training.sharding import check_sharding, whole_weights
 from ivlens.vectors.vector import InstructionVector
 
 if TYPE_CHECKING:
@@ -151,19 +154,24 @@ def fine_tune(
     arguments = {**_defaults(save_every, seed, progress, steps), **given, **arguments}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(model, (str, Path)):
+        use_plain_attention(hf_model)
     record = {} if lora is False else {"label": label, "fingerprint": fingerprint}
     with _random_state(seed):
         if lora is not False:
             hf_model = _with_lora(hf_model, lora, before, chosen.fresh, record)
         stage = Stage(hf_model, tokenizer, dataset, vectors, before, folder, seed, suite, look)
         trainer = _trainer(chosen, stage, arguments, record, before)
+        check_sharding(trainer, chosen)
         resumed = usable_checkpoint(folder)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         chosen.finish(stage)
         seconds = float("nan") if resumed else time.perf_counter() - start
+    whole = whole_weights(trainer)
     if trainer.is_world_process_zero():
-        keep_outcome(stage, trainer, before / FINAL if before and chosen.fresh else None, record, seconds)
+        below = before / FINAL if before and chosen.fresh else None
+        keep_outcome(stage, trainer, below, record, seconds, whole)
     trainer.accelerator.wait_for_everyone()
     return TrainingRun.load(folder)
 
@@ -252,13 +260,23 @@ def _trainer(
                 record_base(saved, **record)
             (saved / SAVED).touch()
 
-    common = {"args": TrainingArguments(output_dir=str(stage.folder), **arguments), "callbacks": [Record()]}
+    made = _on_own_device(TrainingArguments(output_dir=str(stage.folder), **arguments))
+    common = {"args": made, "callbacks": [Record()]}
     trainer = stage_trainer(method, stage, processing_class=stage.tokenizer, **common)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments["disable_tqdm"]:
         trainer.add_callback(Bar())
     return trainer
+
+
+def _on_own_device(arguments: Any) -> Any:
+    """Of several processes that train alone, each stays on the GPU that it was given; transformers would take the first, or all."""
+    device = torch.device(os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu"))
+    if device.type == "cuda":
+        arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
+        torch.cuda.set_device(device)
+    return arguments
 
 
 @contextmanager

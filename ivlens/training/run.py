@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ivlens.common.keys import differences
 from ivlens.common.storage import write_text
@@ -126,11 +127,21 @@ def usable_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints_in(folder)), None)
 
 
-def keep_outcome(stage: Stage, trainer: Any, below: Path | None, record: Mapping[str, str], seconds: float) -> None:
-    """The model after the last step, with the adapters below it stacked into one (in place only once it is whole); log, cost."""
+def keep_outcome(
+    stage: Stage,
+    trainer: Any,
+    below: Path | None,
+    record: Mapping[str, str],
+    seconds: float,
+    weights: dict[str, Tensor] | None,
+) -> None:
+    """The model after the last step, with the adapters below it stacked into one (in place only once it is whole); log, cost.
+
+    `weights` are its own, where processes have parts of them.
+    """
     unfinished = stage.folder / f"{FINAL}.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
-    stage.model.save_pretrained(unfinished)
+    stage.model.save_pretrained(unfinished, **({} if weights is None else {"state_dict": weights}))
     if record:
         record_base(unfinished, **record)
     else:

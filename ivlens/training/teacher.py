@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ivlens.common.processes import hidden
 from ivlens.common.storage import read_tensors, write_tensors
 from ivlens.training.data import IGNORED
 from ivlens.training.guidance import KL, SplitKL
@@ -160,7 +161,7 @@ def keep_teacher(
     if path.is_file():
         return KeptTeacher.load(path)
     values, indices, z, lengths = [], [], [], [0]
-    for start in tqdm(range(0, n, batch_size), desc="teacher", disable=not progress):
+    for start in tqdm(range(0, n, batch_size), desc="teacher", disable=hidden(progress)):
         logits, heads = teach(range(start, min(start + batch_size, n)))
         for i, each in enumerate(logits, start=start):
             following = None if right is None else _next_tokens(*(x[i] for x in right), len(each)).to(each.device)

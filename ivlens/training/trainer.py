@@ -20,6 +20,7 @@ from ivlens.training.branches import Fed, doubled, packed, packing_fits, single
 from ivlens.training.guidance import KL, POSITIONS, Guidance, SplitKL, checked_guidance
 from ivlens.training.hooks import TaskInjection, TrainingHooks
 from ivlens.training.losses import answer_loss, answer_tokens, head_consistency
+from ivlens.training.sharding import check_guided
 from ivlens.training.teacher import (
     KeptTeacher,
     TopK,
@@ -109,9 +110,7 @@ class IVTrainer(Trainer):
         self._terms: dict[str, list[Tensor]] = {}
 
     def train(self, *args: Any, **options: Any) -> Any:
-        if self.args.n_gpu > 1:
-            there = f"{self.args.n_gpu} GPUs are visible to one process, which guided training doesn't split over"
-            raise ValueError(f"{there}; start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them")
+        check_guided(self)
         with self.prepared():  # before a checkpoint is loaded: the teacher is the model as it was
             return super().train(*args, **options)
 

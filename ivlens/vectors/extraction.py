@@ -15,7 +15,7 @@ from ivlens import __version__
 from ivlens.models.backends import backend_of
 from ivlens.models.head import Head
 from ivlens.patching.effects import HeadEffects
-from ivlens.patching.heads import read_heads
+from ivlens.patching.heads import HeadMeans, read_heads
 from ivlens.tasks.counterfactuals import counterfactual
 from ivlens.tasks.prompts import Prompt, build_prompts
 from ivlens.tasks.task import Task
@@ -29,7 +29,7 @@ WAYS = ("heads", "difference", "residual")
 @torch.no_grad()
 def vector_from_heads(
     model: Any,
-    outputs: Float[Tensor, "layer head d_head"] | Float[Tensor, "prompt layer head d_head"],
+    outputs: Float[Tensor, "layer head d_head"] | HeadMeans,
     heads: Sequence[Head | tuple[int, int]],
     **metadata: Any,
 ) -> InstructionVector:
@@ -41,16 +41,17 @@ def vector_from_heads(
     Parameters
     ----------
     outputs
-        `head_outputs` of the prompts, or their mean alone: then the norm's scale is that of the mean.
+        Mean outputs, as of `mean_head_outputs` (then the norm's scale is that of the mean), or what `read_heads` gives.
     """
     backend = backend_of(model)
     heads = tuple(sorted({backend.check_head(*head) for head in heads}))
     if not heads:
         raise ValueError("no heads given; pass some, such as effects.top(10)")
-    each = outputs if outputs.dim() == 4 else outputs[None]
-    means = each.double().mean(0).float()
     layers = sorted({h.layer for h in heads})
-    scales = {layer: backend.norm_scales(layer, each[:, layer]).mean().item() for layer in layers}
+    if isinstance(outputs, HeadMeans):
+        means, scales = outputs.z, {layer: outputs.norm_scales[layer].item() for layer in layers}
+    else:
+        means, scales = outputs, {layer: backend.norm_scales(layer, outputs[None, layer]).item() for layer in layers}
     by_layer = {layer: backend.head_shares(layer, means[layer], scales[layer]) for layer in layers}
     shares = torch.stack([by_layer[h.layer][h.head].float().cpu() for h in heads]).clone()
     normed = {str(layer): scale for layer, scale in scales.items() if backend.post_norm(layer) is not None}
@@ -80,7 +81,7 @@ def extract_vector(
     n_prompts: int = 50,
     only_correct: bool = False,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> InstructionVector:
     """The instruction vector of a task: the heads' mean outputs over prompts that state it, summed (IV §3).
@@ -107,7 +108,7 @@ def extract_vector(
     seed
         Of all that is drawn at random; global random states are left alone.
     batch_size
-        Prompts per forward pass; halved where memory runs out.
+        Prompts per forward pass; None for as many as there is room for. Halved where memory runs out.
     progress
         Show a progress bar.
     """
@@ -133,21 +134,20 @@ def extract_vector(
         raise ValueError(f"way={way!r} of prompts that state no task is zero; pass instruction=True or shots=10")
     options: dict[str, Any] = {"resid": True, "batch_size": batch_size, "progress": progress}
     read = read_heads(model, prompts, only_correct=only_correct, **options)
-    counted = range(len(prompts)) if read.which is None else read.which
-    bare = None if untold is None else read_heads(model, [untold[i] for i in counted], **options)
+    bare = None if untold is None else read_heads(model, [untold[i] for i in read.which], **options)
     if way == "residual":
         backend = backend_of(model)
         layer = backend.check_layer(layer)
         about |= {"model": backend.name, "signature": backend.signature, "unit": RESIDUAL, **_versions()}
-        vector = InstructionVector(read.resid[:, layer].mean(0) - bare.resid[:, layer].mean(0), layer=layer)
+        vector = InstructionVector(read.resid[layer] - bare.resid[layer], layer=layer)
     else:
-        vector = vector_from_heads(model, read.z, heads, **about)
+        vector = vector_from_heads(model, read, heads, **about)
         if bare is not None:
-            vector, about = vector - vector_from_heads(model, bare.z, heads, **about), vector.metadata
+            vector, about = vector - vector_from_heads(model, bare, heads, **about), vector.metadata
         else:
             about = vector.metadata
     unit = vector.vector / vector.norm() if vector.norm() else vector.vector
-    projections = (read.resid.mean(0) @ unit).tolist()  # by layer, for how="set"
+    projections = (read.resid @ unit).tolist()  # by layer, for how="set"
     return replace(vector, metadata={**about, "projections": projections})
 
 
