@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import ivlens as ivl
 from ivlens.common.keys import weights_fingerprint
@@ -295,3 +296,16 @@ def test_rows_longer_than_the_context_are_named_or_left_out_and_counted(model):
         assert len(answer_dataset(backend, prompts, on_too_long="skip")) == 15
     with pytest.raises(ValueError, match="on_too_long='cut' is unknown"):
         answer_dataset(backend, prompts, on_too_long="cut")
+
+
+def test_half_precision_on_a_cpu_is_trained_with_plain_attention(base, task, tmp_path, monkeypatch):
+    used, original = [], transformers.Trainer.training_step
+
+    def watched(self, model, *args, **options):
+        used.append(model.config._attn_implementation)
+        return original(self, model, *args, **options)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", watched)
+    for dtype in ("bfloat16", "float32"):
+        ivl.fine_tune(base, task, folder=tmp_path / dtype, steps=1, dtype=dtype, progress=False)
+    assert used == ["eager", "sdpa"]
