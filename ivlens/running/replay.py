@@ -200,7 +200,7 @@ class Sweep:
         return len(self.sites.layers) // 3
 
     def _check(self, order: Sequence[int]) -> Swept | None:
-        """Two prompts, one patch of which is compared with a full forward pass: decides how the sweep goes on, in every process alike."""
+        """The first batch, one patch compared with a full forward pass: decides how the sweep goes on, in every process alike."""
         found = list(everyones((self._compared(order) for _ in range(1)), self._described("checking", order)))
         reason = next((reason for _, reason in found if reason is not None), None)
         if reason is not None and self.method == "replay":
@@ -213,8 +213,8 @@ class Sweep:
         return None
 
     def _compared(self, order: Sequence[int]) -> tuple[Swept | None, str | None]:
-        """The first prompts replayed, and in what that differs from a full forward pass, if it does."""
-        index = list(order[: min(2, self._batch_size(order, 0))])
+        """The first batch replayed, and in what that differs from a full forward pass, if it does."""
+        index = list(order[: self._batch_size(order, 0)])
         try:
             self.shared = self._shared(order)
             swept, alone = self._replay(self._batch(index)), self._batch(index[:1])
