@@ -36,11 +36,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         one, several = (measured(n, Path(folder) / f"{n}.json", sys.argv[1:]) for n in (1, args.processes))
-    print(f"| seconds | one process | {args.processes} | ratio | largest difference |\n|---|---:|---:|---:|---:|")
+    print(
+        f"| seconds | one process | {args.processes} | times as fast | largest difference |\n|---|---:|---:|---:|---:|"
+    )
     for name, (seconds, numbers) in one.items():
         less, again = several[name]
         away = (torch.tensor(numbers) - torch.tensor(again)).abs().max().item()
-        print(f"| `{name}` | {seconds:.1f} | {less:.1f} | {less / seconds:.2f} | {away:.0e} |")
+        print(f"| `{name}` | {seconds:.1f} | {less:.1f} | {seconds / less:.2f} | {away:.0e} |")
 
 
 def measured(n: int, out: Path, given: list[str]) -> dict[str, Any]:

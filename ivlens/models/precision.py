@@ -1,4 +1,4 @@
-"""bfloat16 models measured in float32 arithmetic, which rounds away less than a head does."""
+"""Half precision: measured in float32 arithmetic, which rounds away less than a head does; on CPUs, trained by what is quick there."""
 
 from __future__ import annotations
 

@@ -96,10 +96,11 @@ class Sweep:
         if order:
             longest = max(len(self.prompts[i].prompt) for i in order)
             self.max_rows = min(self.max_rows, rows_at_once(self.backend, free_memory(self.backend), longest))
-            if not self.checked and self.method != "full" and (swept := self._check(order)) is not None:
+            if self.checked or self.method == "full":
+                self.shared = self._shared(order)
+            elif (swept := self._check(order)) is not None:  # which has run what all prompts share
                 yield swept
                 order = order[len(swept.index) :]
-            self.shared = self._shared(order)
 
         def work(index: list[int]) -> Swept:
             return (self._full if self.method == "full" else self._replay)(self._batch(index))
