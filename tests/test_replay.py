@@ -246,3 +246,19 @@ def test_all_heads_of_smollm2_equal_one_forward_pass_per_head(smollm2):
     assert first.shape == (3, 270)
     assert (first - (chance[:, 1:] - chance[:, :1])).abs().max() <= 1e-5
     assert ((whole + together[:, :1].log()).exp() - together[:, 1:]).abs().max() <= 1e-5
+
+
+def test_what_all_prompts_share_is_run_once(model, monkeypatch):
+    backend, shared = backend_of(model), []
+    read = type(backend).read_prefix
+
+    def counted(self, tokens, mask, *, block, **options):
+        shared.extend([tokens.shape] if block == 0 else [])
+        return read(self, tokens, mask, block=block, **options)
+
+    monkeypatch.setattr(type(backend), "read_prefix", counted)
+    prompts = [torch.tensor([*range(5, 30), i, 7]) for i in range(31, 37)]
+    effects = head_effects(
+        model, prompts, [" a"] * 6, torch.zeros(backend.n_layers, backend.n_heads, backend.d_head), max_rows=30
+    )
+    assert shared == [(1, 25)] and effects.shape[0] == 6
