@@ -1,15 +1,16 @@
-"""Patching every head at the last prompt token, three ways, on the same prompts with the same results.
+"""Patching every head, three ways, on the same prompts with the same results.
 
     python benchmarks/head_sweep.py                      # SmolLM2 at about 90, 200 and 400 tokens
     python benchmarks/head_sweep.py --own 12             # prompts alike but for their last 12 tokens, as with the same demonstrations
+    python benchmarks/head_sweep.py --positions -1 -2 -4 # every head at each of these positions
     python benchmarks/head_sweep.py --shape llama-2-7b --device cuda --dtype bfloat16 --prompts 100 --lengths 200 --skip-slow
 
-1. one full forward pass per head through `run_with_hooks`
+1. one full forward pass per head (and position; the last prompt token, unless told otherwise) through `run_with_hooks`
 2. `transformer_lens.patching.generic_activation_patch`
 3. ours: exact suffix replay
 
 The floor is the time of plain matrix products doing the arithmetic that no method can avoid: the prompt once, then each
-patched copy of its last token from the layer where it differs, and the unembedding of every copy.
+patched copy of its last tokens from the layer where it differs, and the unembedding of every copy.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[90, 200, 400])
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--own", type=int, help="tokens at the end in which prompts differ; default: all")
+    parser.add_argument("--positions", type=int, nargs="+", default=[-1], help="patched ones, from the prompt's end")
     parser.add_argument("--repeats", type=int, default=3, help="of ours and of the floor; the median counts")
     parser.add_argument("--max-rows", type=int, default=None)
     parser.add_argument(
@@ -89,44 +91,44 @@ def compare(model, backend, length: int, options: argparse.Namespace) -> list[st
     replacement = (
         torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(backend.device, tokens_dtype(model)) * 0.3
     )
-    ours = lambda: replay(model, tokens, replacement, options.max_rows)  # noqa: E731
+    ours = lambda: replay(model, tokens, replacement, options.positions, options.max_rows)  # noqa: E731
     ours()  # warm-up
     seconds, values = median_time(ours, options.repeats, backend.device)
-    floor = statistics.median(floor_work(model, backend, length, options.prompts, own) for _ in range(options.repeats))
+    floor = statistics.median(
+        floor_work(model, backend, length, options.prompts, own, options.positions) for _ in range(options.repeats)
+    )
     cells = [f"{length}", "", "", f"{seconds:.2f}", "", "", "", f"{floor:.2f}", f"{floor / seconds:.0%}"]
     if not options.skip_slow:
-        heads = [(layer, h) for layer in range(shape[0]) for h in range(shape[1])][
-            :: max(1, shape[0] * shape[1] // (options.slow_heads or 10**9))
-        ]
-        scale = shape[0] * shape[1] / len(heads)
+        every = [(layer, p, h) for p in options.positions for layer in range(shape[0]) for h in range(shape[1])]
+        index = range(0, len(every), max(1, len(every) // (options.slow_heads or 10**9)))
+        heads, scale = [every[i] for i in index], len(every) / len(index)
         each, reference = timed(
             lambda: one_forward_per_head(model, tokens, answers, replacement, heads), backend.device
         )
         helper, also = timed(lambda: library_helper(model, tokens, answers, replacement, heads), backend.device)
-        index = [layer * shape[1] + h for layer, h in heads]
-        baseline = one_forward_per_head(model, tokens, answers, None, [(0, 0)])
-        difference = max((values[:, index] - (x - baseline)).abs().max().item() for x in (reference, also))
+        baseline = one_forward_per_head(model, tokens, answers, None, [(0, -1, 0)])
+        difference = max((values[:, list(index)] - (x - baseline)).abs().max().item() for x in (reference, also))
         cells[1:3] = [f"{each * scale:.1f}", f"{helper * scale:.1f}"]
         cells[4:7] = [f"{each * scale / seconds:.0f}×", f"{helper * scale / seconds:.0f}×", f"{difference:.1e}"]
     return cells
 
 
-def replay(model, tokens: Tensor, replacement: Tensor, max_rows: int | None) -> Tensor:
-    """Effects on the answer's probability, [prompt, layer · head]."""
-    return head_effects(
-        model, list(tokens), [ANSWER] * len(tokens), replacement, method="replay", max_rows=max_rows
-    ).flatten(1)
+def replay(model, tokens: Tensor, replacement: Tensor, positions: Sequence[int], max_rows: int | None) -> Tensor:
+    """Effects on the answer's probability, [prompt, position · layer · head]."""
+    about = (model, list(tokens), [ANSWER] * len(tokens), replacement)
+    found = [head_effects(*about, position=p, method="replay", max_rows=max_rows).flatten(1) for p in positions]
+    return torch.cat(found, dim=1)
 
 
 @torch.inference_mode()
-def one_forward_per_head(model, tokens, answers, replacement, heads: Sequence[tuple[int, int]]) -> Tensor:
+def one_forward_per_head(model, tokens, answers, replacement, heads: Sequence[tuple[int, int, int]]) -> Tensor:
     columns = []
     mask = torch.ones_like(tokens)
-    for layer, head in heads:
+    for layer, position, head in heads:
 
-        def patch(z: Tensor, hook, layer=layer, head=head) -> Tensor:
+        def patch(z: Tensor, hook, position=position, layer=layer, head=head) -> Tensor:
             if replacement is not None:
-                z[:, -1, head] = replacement[layer, head]
+                z[:, position, head] = replacement[layer, head]
             return z
 
         logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", patch)])
@@ -135,19 +137,19 @@ def one_forward_per_head(model, tokens, answers, replacement, heads: Sequence[tu
 
 
 @torch.inference_mode()
-def library_helper(model, tokens, answers, replacement, heads: Sequence[tuple[int, int]]) -> Tensor:
+def library_helper(model, tokens, answers, replacement, heads: Sequence[tuple[int, int, int]]) -> Tensor:
     import pandas as pd
     from transformer_lens import ActivationCache, patching
 
     cache = ActivationCache({f"blocks.{layer}.attn.hook_z": z[None] for layer, z in enumerate(replacement)}, model)
 
     def setter(z: Tensor, index: Sequence[int], clean: Tensor) -> Tensor:
-        z[:, -1, index[1]] = clean[0, index[1]]
+        z[:, index[1], index[2]] = clean[0, index[2]]
         return z
 
     columns = []
     for i in range(len(tokens)):  # its metric is one number per forward pass
-        frame = pd.DataFrame(heads, columns=["layer", "head"])
+        frame = pd.DataFrame(heads, columns=["layer", "pos", "head"])
         metric = lambda logits, i=i: probability(logits, answers[i : i + 1])[0]  # noqa: E731
         columns.append(
             patching.generic_activation_patch(model, tokens[i : i + 1], cache, metric, setter, "z", index_df=frame)
@@ -161,8 +163,8 @@ def probability(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def floor_work(model, backend, length: int, prompts: int, own: int) -> float:
-    """Seconds of the matrix products of the prompt, of every copy where it differs, and of the unembedding."""
+def floor_work(model, backend, length: int, prompts: int, own: int, positions: Sequence[int]) -> float:
+    """Seconds of the matrix products of the prompt, of every copy where it differs, and of the unembedding of its last token."""
     cfg, device, dtype = model.cfg, backend.device, tokens_dtype(model)
     heads, kv = backend.n_heads, getattr(cfg, "n_key_value_heads", None) or backend.n_heads
     d, width = backend.d_model, backend.n_heads * backend.d_head
@@ -174,10 +176,11 @@ def floor_work(model, backend, length: int, prompts: int, own: int) -> float:
     unembed = torch.empty(backend.d_vocab, d, device=device, dtype=dtype).normal_(0, 0.02)
 
     # One buffer of each kind, cut to size: making the inputs is not part of the floor. All prompts in one product.
-    most = prompts * max(length, backend.n_layers * heads + 1)
+    copies = sum(-p for p in positions)  # tokens that are run again for each head
+    most = prompts * max(length, copies * (backend.n_layers * heads + 1))
     buffers = {n: torch.empty(most, n, device=device, dtype=dtype).normal_() for n in (d, width, cfg.d_mlp)}
     queries = torch.empty(
-        prompts, heads, max(length, backend.n_layers * heads), backend.d_head, device=device, dtype=dtype
+        prompts, heads, max(length, copies * backend.n_layers * heads), backend.d_head, device=device, dtype=dtype
     ).normal_()
     keys = torch.empty(prompts, heads, length, backend.d_head, device=device, dtype=dtype).normal_()
 
@@ -195,8 +198,10 @@ def floor_work(model, backend, length: int, prompts: int, own: int) -> float:
         if shared := length - own:
             layer(shared, shared, prompts=1)
         layer(own, own)
-        layer(heads * i, heads * (i + 1))  # a copy patched here has its attention input from the unpatched one
-    torch.nn.functional.linear(buffers[d][: prompts * (backend.n_layers * heads + 1)], unembed)
+        layer(
+            copies * heads * i, copies * heads * (i + 1)
+        )  # a copy patched here has its attention input from the unpatched one
+    torch.nn.functional.linear(buffers[d][: prompts * (len(positions) * backend.n_layers * heads + 1)], unembed)
     synchronize(device)
     return time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""Which ways of spreading a model over processes training is served under, and the whole of what is spread."""
+"""Which models, and which ways of spreading them over processes, training is served under, and the whole of what is spread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ivlens.training.methods import Method
 
-__all__ = ["check_guided", "check_sharding", "whole_weights"]
+__all__ = ["check_guided", "check_sharding", "learns_prompts", "whole_weights"]
 
 NEEDS_WHOLE = {"penalty", "trained weights"}  # what a method may do that asks for every weight in one piece
 
@@ -36,11 +36,25 @@ def check_sharding(trainer: Any, method: Method | None = None) -> None:
 
 
 def check_guided(trainer: Any) -> None:
-    """`check_sharding`, and raise ValueError where one process would spread rows over several GPUs."""
+    """`check_sharding`, and raise ValueError where one process would spread rows over several GPUs, or the loss isn't that of the rows."""
     if trainer.args.n_gpu > 1:
         there = f"{trainer.args.n_gpu} GPUs are visible to one process, which guided training doesn't split over"
         raise ValueError(f"{there}; start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them")
+    if learns_prompts(trainer.model):
+        there = (
+            "an adapter that puts tokens of its own before the prompt moves the positions that guided training counts"
+        )
+        raise ValueError(f"{there}; take LoRA, or train without guidance")
+    if trainer.args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor isn't part of the guided loss; leave it out, or train without guidance"
+        )
     check_sharding(trainer)
+
+
+def learns_prompts(model: Any) -> bool:
+    """Whether an adapter of peft puts tokens of its own before every prompt, as prompt and prefix tuning do."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def whole_weights(trainer: Any) -> dict[str, Tensor] | None:

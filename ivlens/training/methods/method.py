@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from ivlens.training.batch import Collator
 from ivlens.training.methods.stage import Stage
+from ivlens.training.sparse import AnswerTrainer
 
 if TYPE_CHECKING:
     import datasets
@@ -68,7 +69,7 @@ class Method:
 
     def loss(self, stage: Stage) -> tuple[type[Trainer], dict[str, Any]]:
         """The Trainer that computes the loss, and arguments of its own."""
-        return Trainer, {"data_collator": Collator(stage.tokenizer)}
+        return AnswerTrainer, {"data_collator": Collator(stage.tokenizer)}
 
     def penalty(self, stage: Stage) -> Callable[[], Tensor] | None:
         """What is added to the loss in every step, a function of the weights alone; None for nothing."""

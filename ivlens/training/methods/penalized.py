@@ -41,7 +41,7 @@ class Penalized(Trainer):
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self._penalty()
         self._seen.append(float(penalty.detach()))
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+        if (self.model_accepts_loss_kwargs or self.compute_loss_func) and num_items_in_batch is not None:
             # Losses are then normalized over the accumulated batch already, and a penalty per part would count as often.
             penalty = penalty / self.current_gradient_accumulation_steps
         return (found[0] + penalty, found[1]) if return_outputs else found + penalty
