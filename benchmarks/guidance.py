@@ -11,7 +11,8 @@
 4. baselines: what peft has against forgetting (orthogonal subspaces, minor components), three learning rates each, likewise.
 
 `--data` holds `superni/` (tasks 363, 875, 1510), `trace/` (FOMC, ScienceQA, NumGLUE-cm) and `general/` (lambada, arc_easy), each file JSON
-lines with `instruction`, `input`, `output`, `split`. Every stage is kept, so that processes can share the work (`OMP_NUM_THREADS=1`).
+lines with `instruction`, `input`, `output`, `split`. Every stage is kept, so that processes can share the work (`OMP_NUM_THREADS=1`); the
+scores of finished chains on the test split stand in `results/guidance/` and aren't made again (`--results`: another folder).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from chains import chains
 from continual import markdown
 from peft import LoraConfig, OSFConfig
 
@@ -32,7 +35,17 @@ import ivlens as ivl
 from ivlens.continual import ContinualResults, collect, load_general, load_sequence, run
 from ivlens.continual.metrics import resampled
 from ivlens.training.guidance import Guidance, SplitKL
-from ivlens.training.methods import METHODS, Averaging, Guided, LwF, Method, Rehearsal, Replay, TextRehearsal
+from ivlens.training.methods import (
+    METHODS,
+    Averaging,
+    Guided,
+    GuidedAveraging,
+    LwF,
+    Method,
+    Rehearsal,
+    Replay,
+    TextRehearsal,
+)
 
 BUILT_IN = {
     "main": ("antonym", "object_counting", "singular_plural"),
@@ -80,9 +93,14 @@ TRIES: dict[str, tuple[Method, ...]] = {
     "text+averaging": tuple(TextRehearsal(x) + Averaging(0.85) for x in (0.1, 0.25, 0.4)),
 }
 
-# Of each, the try that won by `--part tune`, frozen before anything was run on a test split; BEST is the one with a vector that won.
-CHOSEN = {"averaging": 0, "iv+averaging": 2}
-BEST = "iv+averaging"
+# Of each, the try that won by `--part tune`, frozen before anything was run on a test split. The last one puts the two winners together
+# and has nothing left to choose: the first where a task's vector is weak, else the second.
+CHOSEN: dict[str, Method] = {
+    "averaging": TRIES["averaging"][0],
+    "iv+averaging": TRIES["iv+averaging"][2],
+    "guided averaging": GuidedAveraging(strong=0.85, weak=0.5),
+}
+BEST = "iv+averaging"  # with a vector, of those that were tuned
 
 # In the place of plain LoRA; learning rates, since that is what they leave to choose.
 RATES = (2e-4, 5e-4, 1e-3)
@@ -141,13 +159,21 @@ class Work:
         show(pd.concat([self.tried(name) for name in TRIES]))
 
     def chosen(self, name: str) -> Method:
-        return METHODS["lora"] if name == "lora" else TRIES[name][CHOSEN[name]]
+        return METHODS["lora"] if name == "lora" else CHOSEN[name]
 
     # -- five sequences, on the test split --------------------------------------------------------------------------------
 
+    def tested(self, methods: dict[str, Method]) -> dict[str, ContinualResults]:
+        """Chains that are in --results aren't run again."""
+        found = {}
+        for name in self.args.sequences or self.sequences:
+            do = None if self.args.tables else partial(self.run, name)
+            names, path = [task.name for task in self.sequences[name]], self.args.results / f"{name}.parquet"
+            found[name] = chains(path, names, methods, self.args.seeds, do)
+        return found
+
     def main(self) -> dict[str, ContinualResults]:
-        methods = {name: self.chosen(name) for name in ("lora", *(self.args.method or CHOSEN))}
-        return {name: self.run(name, methods, self.args.seeds) for name in self.args.sequences or self.sequences}
+        return self.tested({name: self.chosen(name) for name in ("lora", *(self.args.method or CHOSEN))})
 
     def print_main(self) -> None:
         self.compare(self.main())
@@ -157,7 +183,7 @@ class Work:
         parts, methods = self.chosen(BEST).parts, {"lora": METHODS["lora"], BEST: self.chosen(BEST)}
         methods["random vector"] = total(replaced(part, random=True) for part in parts)
         methods["no vector"] = total(part for part in (without(part) for part in parts) if part is not None)
-        return {name: self.run(name, methods, self.args.seeds) for name in self.args.sequences or self.sequences}
+        return self.tested(methods)
 
     def print_vector(self) -> None:
         self.compare(self.vector())
@@ -258,11 +284,12 @@ def show(table: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=["tune", "main", "vector"])
-    parser.add_argument("--method", nargs="+", choices=TRIES, help="only these")
+    parser.add_argument("--method", nargs="+", choices={**TRIES, **CHOSEN}, help="only these")
     parser.add_argument("--sequences", nargs="+", choices=(*BUILT_IN, *FILES, "func"))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--data", type=Path, help="default: none of these sequences, and the hub for general tasks")
     parser.add_argument("--tables", action="store_true", help="only print the tables")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "guidance")
     parser.add_argument("--out", type=Path, default=Path("guidance"))
     work = Work(args := parser.parse_args())
     for part in args.part:

@@ -29,6 +29,7 @@ from ivlens.training.methods import (
     Averaging,
     FreshLoRA,
     Guided,
+    GuidedAveraging,
     LwF,
     OLoRA,
     Rehearsal,
@@ -61,13 +62,15 @@ def first(base, task, tmp_path_factory):
     return of
 
 
-def vectors_of(*tasks):
+def vectors_of(*tasks, accuracy=0.9):
     generator = torch.Generator().manual_seed(0)
     made = {}
     for task in tasks:
         shares = torch.randn(2, 32, generator=generator)
         heads = (ivl.Head(0, 1), ivl.Head(2, 3))
-        made[task.name] = InstructionVector(shares.sum(0), layer=1, heads=heads, shares=shares)
+        made[task.name] = InstructionVector(
+            shares.sum(0), layer=1, heads=heads, shares=shares, metadata={"accuracy": accuracy}
+        )
     return made
 
 
@@ -427,10 +430,28 @@ def test_two_methods_do_together_what_each_does(base, task, other_task, tmp_path
     assert json.loads((whole.final / "adapter_config.json").read_text())["r"] == (16 if chosen.fresh else 8)
     assert (whole.folder / "memory").is_dir() == chosen.keeps
     logged = set(whole.log[-1])
-    assert ("penalty" in logged) == ("penalty" in chosen.changes) and ("kl_loss" in logged) == (
-        "loss" in chosen.changes
-    )
+    assert ("penalty" in logged) == ("penalty" in chosen.changes)
+    assert ("kl_loss" in logged) == any(isinstance(part, (Guided, LwF)) for part in chosen.parts)
     assert whole.settings["method"] == repr(chosen) and all(repr(part) in repr(chosen) for part in chosen.parts)
+
+
+@pytest.mark.parametrize(("accuracy", "same"), [
+    (0.8, Guided(ivl.Guidance(kl=())) + Averaging(0.85)),
+    (0.7, Averaging(0.5)),
+], ids=["strong", "weak"])  # fmt: skip
+def test_guided_averaging_is_guided_as_far_as_the_vector_does_the_task(base, task, tmp_path, accuracy, same):
+    vectors = vectors_of(task, accuracy=accuracy)
+    options = {**OPTIONS, "vectors": vectors if same.needs_vectors else None}
+    one = fine_tune(base, task, folder=tmp_path / "parts", method=same, **options)
+    two = fine_tune(base, task, folder=tmp_path / "whole", method=GuidedAveraging(), **{**OPTIONS, "vectors": vectors})
+    ends = [adapter_weights(run.final) for run in (one, two)]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_guided_averaging_must_know_what_the_vector_does(base, task, tmp_path):
+    vectors = {name: replace(vector, metadata={}) for name, vector in vectors_of(task).items()}
+    with pytest.raises(ValueError, match="tune_injection"):
+        fine_tune(base, task, folder=tmp_path, method="iv_averaging", vectors=vectors, **OPTIONS)
 
 
 def test_a_sum_is_its_parts(base, task, first, tmp_path):
@@ -458,6 +479,7 @@ def test_what_cannot_go_together_is_refused_at_once():
     for make, said in {
         "iv + fvg": "two parts of a kind",
         "iv + lwf": "both have a loss of their own",
+        "averaging + iv_averaging": "both change the weights after a stage",
         "ewc + averaging": r"EWC\(.*holds on to the adapter of the stage before, and Averaging\(.*trains a fresh one",
         "lora + o_lora": "choose one of them",
         "averaging(part=0.7)": "'averaging' has no option 'part'; choose from share, every, last",

@@ -59,8 +59,8 @@ def _make(experiment: Experiment, names: Sequence[str], folder: Path, progress: 
         task = experiment.sequence[name]
         vector = extract_vector(model, task, heads, n_prompts=30, **look)
         search = tune_injection(model, task, vector, n_prompts=min(20, len(task.valid)), progress=False, **asked)
-        found = {"search": repr(search), "accuracy": search.accuracy.max().item()}
-        replace(search.best, metadata={**vector.metadata, **found}).save(folder / safe_name(name))
+        best = search.best
+        replace(best, metadata={**best.metadata, "search": repr(search)}).save(folder / safe_name(name))
 
 
 def similarities(model: Any, experiment: Experiment, vectors: dict[str, InstructionVector]) -> dict[str, float]:

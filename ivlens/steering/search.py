@@ -56,12 +56,14 @@ class InjectionSearch:
 
     @property
     def best(self) -> InstructionVector:
-        """The vector with the winning layer and scale set. Ties go to the smaller scale, then the lower layer."""
+        """The vector with the winning layer and scale set, and the accuracy there in its metadata, where it induces. Ties go to the
+        smaller scale, then the lower layer."""
         score = self.accuracy if self.goal == "induce" else self.control - self.accuracy
         places = product(range(len(self.layers)), range(len(self.scales)))
         layer, scale = min(places, key=lambda at: (-round(score[at].item(), 6), abs(self.scales[at[1]]), at[0]))
         vector = self.candidates[layer] if self.candidates else self.vector
-        return replace(vector, layer=self.layers[layer], scale=self.scales[scale])
+        does = {self.measure: self.accuracy[layer, scale].item()} if self.goal == "induce" else {}
+        return replace(vector, layer=self.layers[layer], scale=self.scales[scale], metadata={**vector.metadata, **does})
 
     def plot(self) -> go.Figure:
         """Heatmap, scale × layer."""

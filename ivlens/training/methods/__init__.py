@@ -13,6 +13,7 @@ from ivlens.training.methods.averaging import Averaging
 from ivlens.training.methods.ewc import EWC
 from ivlens.training.methods.frozen_heads import FrozenHeads
 from ivlens.training.methods.guided import Guided
+from ivlens.training.methods.guided_averaging import GuidedAveraging
 from ivlens.training.methods.lora import FreshLoRA, SequentialLoRA
 from ivlens.training.methods.lwf import LwF
 from ivlens.training.methods.method import Combined, Method
@@ -29,6 +30,7 @@ __all__ = [
     "FreshLoRA",
     "FrozenHeads",
     "Guided",
+    "GuidedAveraging",
     "LwF",
     "Method",
     "OLoRA",
@@ -50,6 +52,7 @@ METHODS: dict[str, Method] = {
     "frozen_heads": FrozenHeads(),
     "iv": Guided("paper"),
     "fvg": Guided("fvg-code"),
+    "iv_averaging": GuidedAveraging(),
 }
 
 

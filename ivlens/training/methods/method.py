@@ -101,12 +101,14 @@ class Combined(Method):
         # In one order, so that it is one method however it is written; weights change before memories of them are made.
         parts = sorted((p for part in self.parts for p in part.parts), key=lambda p: (p.keeps, type(p).__name__))
         object.__setattr__(self, "parts", tuple(parts))
-        losses = [part for part in parts if "loss" in part.changes]
+        alike = [([part for part in parts if what in part.changes], what) for what in ("loss", "stage")]
         old, new = ([part for part in parts if what in part.changes] for what in ("same adapter", "fresh adapter"))
         if len({type(part) for part in parts}) < len(parts):
             raise ValueError(f"{self!r} has two parts of a kind; choose one of them")
-        if len(losses) > 1:
-            raise ValueError(f"{losses[0]!r} and {losses[1]!r} both have a loss of their own; choose one of them")
+        for both, what in alike:
+            if len(both) > 1:
+                does = "have a loss of their own" if what == "loss" else "change the weights after a stage"
+                raise ValueError(f"{both[0]!r} and {both[1]!r} both {does}; choose one of them")
         if old and new:
             both = f"{old[0]!r} holds on to the adapter of the stage before, and {new[0]!r} trains a fresh one"
             raise ValueError(f"{both}; choose one of them")
