@@ -5,7 +5,7 @@
 Prompts are of a built-in task with shuffled labels; a head's output at the last token is replaced by its mean over intact prompts.
 
 1. ours: exact suffix replay
-2. the gradient by hand: one forward and one backward pass of all prompts together, (mean − z) · ∂m/∂z at the last token
+2. the gradient by hand: one forward and one backward pass of all prompts together, logits of the last token only, (mean − z) · ∂m/∂z
 3. `transformer_lens.tools.analysis.attribution_patch`: patches towards the intact prompt itself, so its scores are put beside the exact
    effects of that
 """
@@ -39,10 +39,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     model, task = ivl.load_model(backend="bridge"), ivl.load_tasks()[options.task]
-    for weight in model.parameters():
-        weight.requires_grad_(False)
-    rows = [row for shots in options.shots for row in compare(model, task, shots, options)]
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
+    model.requires_grad_(False)
+    for shots in options.shots:
+        print(pd.DataFrame(compare(model, task, shots, options)).round(3).to_string(index=False), flush=True)
 
 
 def compare(model: Any, task: ivl.Task, shots: int, options: argparse.Namespace) -> list[dict]:
@@ -71,10 +70,15 @@ def gradient(model: Any, prompts: Sequence[Prompt], mean: Tensor) -> Tensor:
     tokens = torch.tensor([[row.prompt[0]] * (length - len(row.prompt)) + list(row.prompt) for row in rows])
     mask = torch.tensor([[0] * (length - len(row.prompt)) + [1] * len(row.prompt) for row in rows])
     read: list[Tensor] = []
+
+    def kept(z: Tensor, hook: Any) -> Tensor:
+        read.append(z)
+        return z  # what is given back is what goes on, also where a hook sees a view
+
     hooks = [("hook_embed", lambda x, hook: x.detach().requires_grad_())]
-    hooks += [(backend.z_hook(layer), lambda z, hook: read.append(z)) for layer in range(backend.n_layers)]
-    with torch.enable_grad():
-        logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+    hooks += [(backend.z_hook(layer), kept) for layer in range(backend.n_layers)]
+    with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+        logits = backend.forward(tokens, mask, keep=1)
         hits = logits[:, -1].float().softmax(-1).gather(1, torch.tensor([[row.answer[0]] for row in rows]))
         slopes = torch.autograd.grad(hits.sum(), read)
     by_head = [((mean[i] - z[:, -1]) * slope[:, -1]).sum(-1).detach() for i, (z, slope) in enumerate(zip(read, slopes))]
@@ -86,6 +90,7 @@ def attribution_patch(model: Any, intact: Sequence[Prompt], prompts: Sequence[Pr
     from transformer_lens.tools.analysis import attribution_patch
 
     backend, scores = backend_of(model), []
+    model.requires_grad_(True)  # it asks for slopes of what it reads, which need something that is trained before it
     for clean, corrupted in zip(tokenize(backend, intact), tokenize(backend, prompts)):
         if len(clean.prompt) != len(corrupted.prompt):
             raise ValueError("an intact prompt is of another length than its counterfactual; take another task")
@@ -96,6 +101,7 @@ def attribution_patch(model: Any, intact: Sequence[Prompt], prompts: Sequence[Pr
             if node.kind == "attn_head_out" and node.position == last:
                 heads[node.layer, node.head] = score
         scores.append(heads)
+    model.requires_grad_(False)
     return torch.stack(scores).mean(0)
 
 

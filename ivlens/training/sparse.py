@@ -24,7 +24,9 @@ class AnswerTrainer(Trainer):
     def __init__(self, model: Any, **arguments: Any):
         super().__init__(model, **arguments)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        simple = self.label_smoother is None and not getattr(inner.config, "output_router_logits", False)
+        configs = (inner.config, inner.config.get_text_config())
+        balanced = any(getattr(config, "output_router_logits", False) for config in configs)
+        simple = self.label_smoother is None and not balanced
         takes = "logits_to_keep" in inspect.signature(inner.forward).parameters and not learns_prompts(model)
         if takes and simple and self.args.n_gpu <= 1:
             self.compute_loss_func = _loss
