@@ -77,21 +77,17 @@ class LlamaCpp:
         self.model = llama_cpp.Llama(str(path), n_ctx=512, n_threads=1, verbose=False)
 
     def steer(self, path: Path | None) -> None:
-        """As `common_control_vector_load` and `--control-vector` do: direction.N goes N - 1 widths into the buffer."""
+        """As `common_control_vector_load` and `--control-vector` do: direction.N goes N - 1 widths into the buffer, which here is as
+        long as the model is deep: beyond its end, what another vector left would stay."""
         if path is None:
             self._set(None, 0, 0, 0)
             return
         found = {int(x.name.removeprefix("direction.")): x.data for x in GGUFReader(path).tensors}
-        width = len(next(iter(found.values())))
-        data = np.zeros(width * max(found), dtype=np.float32)
+        width, layers = len(next(iter(found.values()))), int(self.model.metadata["llama.block_count"])
+        data = np.zeros(width * (layers - 1), dtype=np.float32)
         for n, direction in found.items():
             data[width * (n - 1) : width * n] += direction
-        self._set(
-            data.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-            len(data),
-            width,
-            int(self.model.metadata["llama.block_count"]),
-        )
+        self._set(data.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(data), width, layers)
 
     def _set(self, data: Any, length: int, width: int, layers: int) -> None:
         if self.library.llama_set_adapter_cvec(self.model.ctx, data, length, width, 1, layers) != 0:
@@ -114,15 +110,18 @@ def compare(model: Any, other: LlamaCpp, prompts: Sequence[Any], vector: ivl.Ins
     for prompt, row in zip(prompts, tokenize(backend, prompts)):
         (ours, our_text), (theirs, their_text) = (written(way, row, backend, stop) for way in ways)
         apart = (ours - theirs).abs()
+        first = [int(p.argmax()) == row.answer[0] for p in (ours, theirs)]
         right = [exact_match(backend.tokenizer, text, prompt.query.answers) for text in (our_text, their_text)]
-        rows.append([apart.max().item(), apart[row.answer[0]].item(), *right, our_text == their_text])
-    largest, answers, right_here, right_there, same = np.array(rows, dtype=float).T
+        rows.append([apart.max().item(), apart[row.answer[0]].item(), *first, *right, our_text == their_text])
+    largest, answers, first_here, first_there, right_here, right_there, same = np.array(rows, dtype=float).T
     return {
         "Δp, largest of all tokens": largest.mean(),
         "at most": largest.max(),
         "Δp of the answer's": answers.mean(),
-        "exact match here": right_here.mean(),
-        "llama.cpp": right_there.mean(),
+        "first token right": first_here.mean(),
+        "in llama.cpp": first_there.mean(),
+        "whole answer": right_here.mean(),
+        "in llama.cpp ": right_there.mean(),
         "same text": same.mean(),
     }
 
