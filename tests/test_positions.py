@@ -161,7 +161,8 @@ def test_another_thread_runs_without_the_vector(model):
             thread.start()
             thread.join()
             steered = model(prompt)
-    assert torch.equal(found[0], plain) and not torch.allclose(steered, plain)
+    torch.testing.assert_close(found[0], plain, atol=1e-5, rtol=0)  # another thread may add up in another order
+    assert (steered - plain).abs().max() > 1e-2
 
 
 @bridge_only
