@@ -1,6 +1,7 @@
 """Scores of finished chains (a sequence by one method and seed), one small file per sequence, so that studies go on on another machine.
 
-Of prompts only a hash is kept, and of a method what it says of itself: with other options it is another one.
+Of prompts only a hash is kept, and of a method what it says of itself: with other options it is another one. All else that scores depend
+on (tasks, training, scoring) is in the file's name, which the caller gives.
 """
 
 from __future__ import annotations

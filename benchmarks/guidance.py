@@ -32,6 +32,7 @@ from continual import markdown
 from peft import LoraConfig, OSFConfig
 
 import ivlens as ivl
+from ivlens.common.keys import key
 from ivlens.continual import ContinualResults, collect, load_general, load_sequence, run
 from ivlens.continual.metrics import resampled
 from ivlens.training.guidance import Guidance, SplitKL
@@ -168,8 +169,11 @@ class Work:
         found = {}
         for name in self.args.sequences or self.sequences:
             do = None if self.args.tables else partial(self.run, name)
-            names, path = [task.name for task in self.sequences[name]], self.args.results / f"{name}.parquet"
-            found[name] = chains(path, names, methods, self.args.seeds, do)
+            sequence, asked = self.sequences[name], key(OPTIONS, self.sequences[name], self.general[name])[:8]
+            path = self.args.results / f"{name}-{asked}.parquet"
+            if self.args.tables and not path.exists():
+                continue
+            found[name] = chains(path, [task.name for task in sequence], methods, self.args.seeds, do)
         return found
 
     def main(self) -> dict[str, ContinualResults]:
@@ -216,7 +220,8 @@ class Work:
             print(f"\n== {name}: {' → '.join(each.metadata['sequence'])}\n\n{markdown(each.table().reset_index())}\n")
             print(markdown(each.versus("lora").round(3)), "\n\nfront:", ", ".join(each.pareto()))
         rows = []
-        for method in next(iter(found.values())).methods:
+        first, *others = found.values()
+        for method in [name for name in first.methods if all(name in each.methods for each in others)]:
             pairs = [(each[method], each["lora"]) for each in draws.values()]
             cut = np.mean([1 - a["forgetting"].mean(1) / b["forgetting"].mean(1) for a, b in pairs], axis=0)
             gain = np.mean([a["plasticity"].mean(1) - b["plasticity"].mean(1) for a, b in pairs], axis=0)

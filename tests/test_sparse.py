@@ -73,3 +73,10 @@ def test_tokens_before_the_prompt_are_counted_by_the_model_and_not_guided(config
     )
     with pytest.raises(ValueError, match="tokens of its own"):
         trainer.train()
+
+
+def test_smoothed_labels_are_not_guided_without_a_word(data, tokenizer, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, label_smoothing_factor=0.1)
+    guidance, common = ivl.Guidance(progressive=False), {"train_dataset": data, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        ivl.IVTrainer(tiny.hf_model("llama"), vectors=None, guidance=guidance, args=args, **common).train()

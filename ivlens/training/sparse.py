@@ -1,4 +1,4 @@
-"""Plain fine-tuning whose model computes logits only where an answer is predicted: most of a small model's step is its vocabulary."""
+"""Plain fine-tuning whose model computes logits only where an answer is predicted: a large vocabulary costs time, and more memory."""
 
 from __future__ import annotations
 
